@@ -1,0 +1,48 @@
+"""The PyTrees that cross module borders.
+
+Axis names used everywhere: `batch` rows (one piece of text each), `time` positions of one side, `chunk` aligned
+chunks, `embed` hidden channels, `vocab` vocabulary entries. The next-token shift happens once, on the host.
+"""
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, Float32, Int
+from numpy import ndarray
+
+
+class Tokens(eqx.Module):
+    """One side of a batch. `targets[:, t]` follows `inputs[:, t]`; the last target is padding of weight 0."""
+
+    inputs: Int[Array | ndarray, "batch time"]
+    targets: Int[Array | ndarray, "batch time"]
+    weight: Float[Array | ndarray, "batch time"]  # 1 where the target counts for next-token prediction, else 0
+    ngram: Int[Array | ndarray, "batch time"] | None  # longest original subword ending at inputs[:, t]; None: no expansion
+
+
+class AlignedChunks(eqx.Module):
+    """Where two tokenizations of the same text end at the same byte. Unused chunk columns hold -1.
+
+    `*_chunk[:, t]` is the chunk of *target* t (-1: in no chunk). `*_close` is the position whose next-token
+    distribution follows the chunk's last token, that is (index of the last target) + 1; a chunk made of the very
+    first token alone (bos) has close 0 and no target.
+    """
+
+    student_chunk: Int[Array | ndarray, "batch student_time"]
+    teacher_chunk: Int[Array | ndarray, "batch teacher_time"]
+    student_close: Int[Array | ndarray, "batch chunk"]
+    teacher_close: Int[Array | ndarray, "batch chunk"]
+    before_space: Bool[Array | ndarray, "batch chunk"]  # on both sides the next token starts with a space or is a control token
+
+
+class Batch(eqx.Module):
+    """Everything one step reads. Without a teacher (`teacher is None`) only next-token prediction is possible."""
+
+    student: Tokens
+    teacher: Tokens | None
+    chunks: AlignedChunks | None
+
+
+class TokenStats(eqx.Module):
+    """All that a loss may know of the vocabulary axis."""
+
+    logp: Float32[Array, "batch time"]  # log p(targets[:, t] | inputs[:, :t+1]), natural logarithm
+    boundary: Float32[Array, "batch time"]  # log of the probability that a boundary entry comes next
