@@ -3,6 +3,13 @@
 from typing import NamedTuple
 
 
+class InputError(ValueError):
+    """Bad input from the user. The message is one sentence that names the thing and says the remedy.
+
+    `train.py` and `convert.py` print it and exit non-zero, without a traceback.
+    """
+
+
 class Control(NamedTuple):
     """A place in a document where each tokenizer writes control tokens of its own, a shared unit of alignment.
 
