@@ -1,0 +1,142 @@
+"""The device mesh and how arrays lie on it: the only file that knows the axis names.
+
+Two axes. Over `fsdp` the rows of a batch are divided, and every large parameter is stored in slices that are gathered
+just before use. Over `tp` heads, hidden units of the MLP and vocabulary entries are divided. All functions that issue a
+collective run inside `jax.shard_map(..., check_vma=True)`: there the transpose of a gather is the reduce-scatter of the
+gradient, and the gradient of a replicated parameter is summed, so gradients are complete where `shard_map` ends.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from minalm.text import InputError
+
+ROWS = P("fsdp")  # the layout of every array of a batch
+REPLICATED = P()
+
+
+def make_mesh(fsdp: int, tp: int) -> Mesh:
+    """A mesh over the first `fsdp * tp` devices. Raises InputError when there are fewer."""
+    if fsdp * tp > jax.device_count():
+        raise InputError(
+            f"the mesh {fsdp}x{tp} needs {fsdp * tp} devices but there are {jax.device_count()}: "
+            "make --mesh.fsdp times --mesh.tp at most that"
+        )
+    devices = jax.devices()[: fsdp * tp]
+    return jax.make_mesh((fsdp, tp), ("fsdp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def param(*layout: str | None):
+    """A field that holds a parameter; `layout` names the mesh axis that divides each dimension.
+
+    Dimensions in front of those named (the layer axis of stacked blocks) are not divided.
+    """
+    return eqx.field(metadata={"layout": layout})
+
+
+def _layouts(tree: PyTree) -> PyTree:
+    """A tree like `tree` with the declared layout (a PartitionSpec) in the place of each array."""
+
+    def layout_of(path, leaf):
+        owner = tree
+        for key in path[:-1]:
+            owner = getattr(owner, key.name)
+        declared = {field.name: field for field in dataclasses.fields(owner)}[path[-1].name].metadata["layout"]
+        return P(*(None,) * (leaf.ndim - len(declared)), *declared)
+
+    return jax.tree_util.tree_map_with_path(layout_of, tree)
+
+
+def specs(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The PartitionSpec of every array of a tree of modules. Raises InputError where an axis does not divide."""
+
+    def checked(path, leaf, spec):
+        for size, axis in zip(leaf.shape, spec):
+            if axis is not None and size % mesh.shape[axis]:
+                raise InputError(
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')} has a dimension of {size}, which "
+                    f"--mesh.{axis} {mesh.shape[axis]} does not divide: choose a mesh that does"
+                )
+        return spec
+
+    return jax.tree_util.tree_map_with_path(checked, tree, _layouts(tree))
+
+
+def shardings(spec_tree: PyTree, mesh: Mesh) -> PyTree:
+    """PartitionSpecs as the NamedShardings that `jax.device_put` and `jax.jit` want."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def place(tree: PyTree, mesh: Mesh) -> PyTree:
+    """A tree of modules laid out on the mesh as its fields declare."""
+    return jax.device_put(tree, shardings(specs(tree, mesh), mesh))
+
+
+def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:
+    """A batch laid out on the mesh: rows divided over `fsdp`."""
+    return jax.device_put(batch, NamedSharding(mesh, ROWS))
+
+
+# --- inside shard_map ---------------------------------------------------------------------------------------------
+
+
+def gather(module: PyTree, dtype: jnp.dtype) -> PyTree:
+    """The module's parameters whole along `fsdp`, in the compute dtype. Cast first: half the bytes travel in bfloat16."""
+
+    def whole(leaf, spec):
+        leaf = leaf.astype(dtype)
+        for axis, name in enumerate(spec):
+            if name == "fsdp":
+                leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
+        return leaf
+
+    return jax.tree.map(whole, module, _layouts(module))
+
+
+def lookup(table: Float[Array, "vocab embed"], ids: Int[Array, "batch time"]) -> Float[Array, "batch time embed"]:
+    """Rows of a table divided over `tp` by entries and over `fsdp` by channels.
+
+    The ids travel to the table's slices and the found channels travel back, so that the table itself, much larger than
+    both, is never gathered.
+    """
+    ids = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
+    local = ids - jax.lax.axis_index("tp") * table.shape[0]
+    held = (local >= 0) & (local < table.shape[0])
+    rows = jnp.where(held[..., None], table[jnp.where(held, local, 0)], 0)
+    rows = jax.lax.psum(rows, "tp")
+    return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+
+def tp_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The sum over `tp`: completes a product whose contracted dimension is divided."""
+    return jax.lax.psum(x, "tp")
+
+
+def tp_max(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The maximum over `tp`, without gradient."""
+    return jax.lax.pmax(jax.lax.stop_gradient(x), "tp")
+
+
+def tp_offset(size: int) -> Int[Array, ""]:
+    """Where this device's slice of a dimension divided over `tp` begins, for slices of `size`."""
+    return jax.lax.axis_index("tp") * size
+
+
+def rows_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The sum over the devices that hold different rows of the batch: local sums become sums over the whole batch."""
+    return jax.lax.psum(x, "fsdp")
+
+
+def squared_norm(module: PyTree) -> Float[Array, ""]:
+    """The sum of squares over all elements of a module of parameters or gradients, each counted once."""
+
+    def of_leaf(leaf, spec):
+        return jax.lax.psum(jnp.sum(jnp.square(leaf)), tuple(axis for axis in spec if axis is not None))
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, module, _layouts(module))))
