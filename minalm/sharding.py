@@ -99,6 +99,11 @@ def gather(module: PyTree, dtype: jnp.dtype) -> PyTree:
     return jax.tree.map(whole, module, _layouts(module))
 
 
+def gather_channels(table: Float[Array, "vocab slice"], dtype: jnp.dtype) -> Float[Array, "vocab embed"]:
+    """A table's rows with all their channels; its entries stay divided over `tp`."""
+    return jax.lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
+
+
 def lookup(table: Float[Array, "vocab embed"], ids: Int[Array, "batch time"]) -> Float[Array, "batch time embed"]:
     """Rows of a table divided over `tp` by entries and over `fsdp` by channels.
 

@@ -1,0 +1,251 @@
+"""The losses: arithmetic on [batch, time] and [batch, chunk] arrays, averaged over the whole batch on every mesh.
+
+To add a loss: write a function from what `loss_terms` has at hand to (sum over local rows, local count), give it a weight
+in LossConfig, and add its line to `loss_terms`.
+
+l is the log-probability of a chunk, p = exp(l / tau); subscripts T teacher, S student. Sections and equations are those of
+Minixhofer, Vulić, Ponti: Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching (arXiv 2503.20083).
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from minalm.sharding import rows_sum
+from minalm.types import AlignedChunks, Batch, TokenStats
+
+BELOW_ONE = 1e-6  # subtracted from l / tau so that log(1 - p) stays finite
+
+Divergence = Literal["binary_ce", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3"]
+LatentsNorm = Literal["l2_channelwise", "l2", "l1", "l1_channelwise"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Which losses, and how they are balanced. A weight of 0 leaves the loss out."""
+
+    sft: float = 1.0
+    """Weight of next-token cross-entropy on the student's own tokens."""
+    alm: float = 1.0
+    """Weight of approximate likelihood matching."""
+    latents: float = 0.0
+    """Weight of the distance between hidden states at chunk ends."""
+    balance: Literal["gradmag", "fixed"] = "gradmag"
+    """gradmag: divide each loss by the norm of its gradient in the last layer, times its weight; fixed: weights alone."""
+    preserve_magnitude: bool = True
+    """gradmag only: divide the weights by their sum, so that the total keeps the scale of one loss."""
+    chunks: Literal["unconstrained", "space", "merged"] = "merged"
+    """unconstrained: every common token end; space: before a space on both sides; merged: where the teacher's boundary
+    mass passes gamma."""
+    debias: bool = True
+    """Add the log boundary mass at each chunk's end to its log-probability."""
+    gamma: float = 0.1
+    """Boundary mass (a probability) that the teacher must exceed for a merged chunk to end."""
+    divergence: Divergence = "binary_ce"
+    """The f-divergence between teacher and student chunk probabilities."""
+    tau: float = 100.0
+    """Temperature of the chunk probabilities."""
+    alpha: float = 2.0
+    """Order of the Rényi divergence."""
+    latents_layers: Literal["last", "all"] = "last"
+    """Hidden states compared: after the final norm, or also the embeddings and every layer's output."""
+    latents_norm: LatentsNorm = "l2_channelwise"
+    """Distance, and whether it is divided by the teacher's mean per channel or over all channels."""
+
+    def __post_init__(self):
+        for name, low in (("sft", 0.0), ("alm", 0.0), ("latents", 0.0), ("gamma", 0.0)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"--losses.{name} must be at least {low}: pass a larger number")
+        if not self.tau > 0.0:
+            raise ValueError("--losses.tau must be above 0: for the limit of large tau use binary_kl_temp_limit")
+        if self.alpha <= 0.0 or self.alpha == 1.0:
+            raise ValueError("--losses.alpha must be above 0 and not 1: for the limit 1 use binary_ce")
+        if not self.names:
+            raise ValueError("every loss has weight 0: give one of --losses.sft, .alm, .latents a weight")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The losses that are on, in the order of `loss_terms`."""
+        return tuple(name for name in ("sft", "alm", "latents") if getattr(self, name) > 0.0)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(getattr(self, name) for name in self.names)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.alm > 0.0 or self.latents > 0.0
+
+
+# --- chunks -------------------------------------------------------------------------------------------------------
+
+
+def sum_by(values: Float[Array, "batch item"], index: Int[Array, "batch item"], size: int) -> Float[Array, "batch size"]:
+    """Sums of values by index within each row; index -1 is left out."""
+    rows = jnp.arange(values.shape[0])[:, None]
+    bins = jnp.zeros((values.shape[0], size + 1), values.dtype)
+    return bins.at[rows, jnp.where(index < 0, size, index)].add(values)[:, :size]
+
+
+def chunk_sums(
+    stats: TokenStats, chunk: Int[Array, "batch time"], close: Int[Array, "batch chunk"]
+) -> tuple[Float32[Array, "batch chunk"], Float32[Array, "batch chunk"], Float32[Array, "batch chunk"]]:
+    """(log-probability, number of targets, log boundary mass at the end) of each chunk of one side (section 3.2)."""
+    size = close.shape[1]
+    logp = sum_by(stats.logp, chunk, size)
+    count = sum_by(jnp.ones_like(stats.logp), chunk, size)
+    boundary = jnp.take_along_axis(stats.boundary, jnp.maximum(close, 0), axis=1)
+    return logp, count, boundary
+
+
+class Groups(NamedTuple):
+    """Chunks merged into groups; a group stands in the column of its number."""
+
+    index: Int[Array, "batch chunk"]  # the group of each chunk
+    end: Int[Array, "batch chunk"]  # per group: its last chunk that has targets, -1 where it has none
+
+    def total(self, values: Float[Array, "batch chunk"]) -> Float[Array, "batch chunk"]:
+        return sum_by(values, self.index, values.shape[1])
+
+    def at_end(self, values: Float[Array, "batch chunk"]) -> Float[Array, "batch chunk"]:
+        return jnp.take_along_axis(values, jnp.maximum(self.end, 0), axis=1)
+
+
+def merge(filled: Bool[Array, "batch chunk"], may_end: Bool[Array, "batch chunk"]) -> Groups:
+    """The group of a chunk is the number of chunks before it that may end (section 3.3).
+
+    The last group of a row is kept though nothing ended it.
+    """
+    ends = may_end.astype(jnp.int32)
+    index = jnp.cumsum(ends, axis=1) - ends
+    rows, columns = jnp.arange(filled.shape[0])[:, None], jnp.arange(filled.shape[1])
+    end = jnp.full(filled.shape, -1).at[rows, index].max(jnp.where(filled, columns, -1))
+    return Groups(index, end)
+
+
+# --- divergences between p_T and p_S ------------------------------------------------------------------------------
+
+
+def log_one_minus_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """log(1 - e^x) for x < 0, by the branch that keeps its digits, with a safe input on the branch not taken."""
+    near_zero = x > -math.log(2.0)
+    small = jnp.log(-jnp.expm1(jnp.where(near_zero, x, -1.0)))
+    large = jnp.log1p(-jnp.exp(jnp.where(near_zero, -1.0, x)))
+    return jnp.where(near_zero, small, large)
+
+
+def tempered(l: Float[Array, "*shape"], tau: float) -> Float[Array, "*shape"]:
+    """min(l / tau, 0) - 1e-6, the gradient passed straight through the min: rounding can make a sum of logs positive."""
+    x = l / tau
+    return x + jax.lax.stop_gradient(jnp.minimum(x, 0.0) - x) - BELOW_ONE
+
+
+def divergence(
+    teacher: Float[Array, "batch chunk"], student: Float[Array, "batch chunk"], config: LossConfig
+) -> Float[Array, "batch chunk"]:
+    """f(p_T || p_S) + f(1 - p_T || 1 - p_S) of chunk log-probabilities (equation 4; others from the appendix).
+
+    With r = (l_T - l_S) / tau, k2 and k3 are the estimators of the KL divergence of Schulman,
+    http://joschu.net/blog/kl-approx.html. tau does not enter abs, binary_kl_temp_limit and renyi.
+    """
+    if config.divergence == "abs":
+        return jnp.abs(teacher - student)
+    ratio = (teacher - student) / config.tau
+    if config.divergence == "k2":
+        return jnp.square(ratio) / 2.0
+    if config.divergence == "k3":
+        return jnp.expm1(ratio) - ratio
+
+    tau = 1.0 if config.divergence in ("binary_kl_temp_limit", "renyi") else config.tau
+    log_pt, log_ps = tempered(teacher, tau), tempered(student, tau)
+    if config.divergence == "binary_kl_temp_limit":
+        return (log_pt - log_ps) + log_pt * (jnp.log(-log_ps) - jnp.log(-log_pt))
+    if config.divergence == "abs_exp":
+        return jnp.abs(jnp.exp(log_pt) - jnp.exp(log_ps))
+    log_qt, log_qs = log_one_minus_exp(log_pt), log_one_minus_exp(log_ps)  # q = 1 - p
+    if config.divergence == "binary_ce":
+        return -(jnp.exp(log_pt) * log_ps - jnp.expm1(log_pt) * log_qs)
+    if config.divergence == "reverse_binary_kl":
+        return jnp.exp(log_ps) * (log_ps - log_pt) - jnp.expm1(log_ps) * (log_qs - log_qt)
+    power_p = config.alpha * log_pt + (1.0 - config.alpha) * log_ps
+    power_q = config.alpha * log_qt + (1.0 - config.alpha) * log_qs
+    return jnp.logaddexp(power_p, power_q) / (config.alpha - 1.0)  # renyi
+
+
+# --- the losses ---------------------------------------------------------------------------------------------------
+
+
+def global_mean(values: Float[Array, "*shape"], counted: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The mean of the counted values over the whole batch; 0 where none is counted."""
+    total, count = rows_sum(jnp.sum(jnp.where(counted > 0.0, values * counted, 0.0))), rows_sum(jnp.sum(counted))
+    return total / jnp.maximum(count, 1.0)
+
+
+def next_token(stats: TokenStats, weight: Float[Array, "batch time"]) -> Float[Array, ""]:
+    """Cross-entropy of the student's own tokens, nats per counted token."""
+    return global_mean(-stats.logp, weight)
+
+
+def alm(student: TokenStats, teacher: TokenStats, chunks: AlignedChunks, config: LossConfig) -> Float[Array, ""]:
+    """Approximate likelihood matching: the mean divergence over the non-empty chunks (equation 5)."""
+    s_logp, s_count, s_boundary = chunk_sums(student, chunks.student_chunk, chunks.student_close)
+    t_logp, t_count, t_boundary = chunk_sums(teacher, chunks.teacher_chunk, chunks.teacher_close)
+    filled = (s_count > 0.0) & (t_count > 0.0)
+    if config.chunks != "unconstrained":
+        passes = chunks.before_space if config.chunks == "space" else t_boundary > math.log(max(config.gamma, 1e-30))
+        groups = merge(filled, passes & (chunks.teacher_close >= 0))
+        s_logp, t_logp = groups.total(jnp.where(filled, s_logp, 0.0)), groups.total(jnp.where(filled, t_logp, 0.0))
+        s_boundary, t_boundary = groups.at_end(s_boundary), groups.at_end(t_boundary)
+        filled = groups.end >= 0
+    if config.debias:
+        s_logp, t_logp = s_logp + s_boundary, t_logp + t_boundary
+    # Columns without a chunk get a harmless value before the divergence, so that no NaN reaches the gradient.
+    s_logp, t_logp = jnp.where(filled, s_logp, -1.0), jnp.where(filled, t_logp, -1.0)
+    return global_mean(divergence(t_logp, s_logp, config), filled.astype(jnp.float32))
+
+
+def latents(
+    student: Float[Array, "depth batch chunk embed"],
+    teacher: Float[Array, "depth batch chunk embed"],
+    counted: Bool[Array, "batch chunk"],
+    norm: LatentsNorm,
+) -> Float[Array, ""]:
+    """The distance between hidden states at the last token of each chunk, relative to the teacher's size: the mean
+    over layers, counted chunks and channels of |s - t|^n / (mean of |t|^n + 1e-8), that mean over the counted chunks of
+    the whole batch for each channel, or over the channels too (section 3.4)."""
+    power = jnp.square if norm.startswith("l2") else jnp.abs
+    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    shown = counted[None, :, :, None]
+    count = jnp.maximum(rows_sum(jnp.sum(counted.astype(jnp.float32))), 1.0)
+
+    def mean(values):  # over the counted chunks: [depth, 1, 1, embed]
+        return rows_sum(jnp.sum(jnp.where(shown, values, 0.0), axis=(1, 2), keepdims=True)) / count
+
+    size = mean(power(teacher))
+    if not norm.endswith("channelwise"):
+        size = jnp.mean(size, axis=-1, keepdims=True)
+    return jnp.mean(mean(power(student - teacher)) / (size + 1e-8))
+
+
+def loss_terms(
+    config: LossConfig,
+    batch: Batch,
+    student: TokenStats,
+    teacher: TokenStats | None,
+    student_states: Float[Array, "depth batch chunk embed"] | None,
+    teacher_states: Float[Array, "depth batch chunk embed"] | None,
+) -> Float32[Array, " loss"]:
+    """The value of each loss that is on, in the order of `config.names`."""
+    terms = {}
+    if config.sft:
+        terms["sft"] = next_token(student, batch.student.weight)
+    if config.alm:
+        terms["alm"] = alm(student, teacher, batch.chunks, config)
+    if config.latents:
+        counted = (batch.chunks.student_close >= 0) & (batch.chunks.teacher_close >= 0)
+        terms["latents"] = latents(student_states, teacher_states, counted, config.latents_norm)
+    return jnp.stack([terms[name] for name in config.names])
