@@ -1,0 +1,251 @@
+import json
+import os
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minalm.text import (
+    CONTROL_BYTES,
+    SMALLEST_LIMIT,
+    Control,
+    InputError,
+    Piece,
+    Segment,
+    permute,
+    read_corpus,
+    text_corpus,
+)
+
+# Few different characters, so that line breaks, spaces, wide and combining characters meet at every border.
+texts = st.text(st.sampled_from("ab \n\réЖ漢😀\u0301\u200d\x00"), max_size=200)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}),
+    min_size=1,
+    max_size=6,
+)
+limits = st.integers(SMALLEST_LIMIT, 90)
+
+
+def control(part: str, counts: bool = True) -> Segment:
+    return Segment(Control(part), counts)
+
+
+def cost(piece: Piece) -> int:
+    return sum(CONTROL_BYTES if isinstance(content, Control) else len(content.encode()) for content, counts in piece)
+
+
+def joined(pieces: list[Piece]) -> list[Segment]:
+    """The document that the pieces make when each piece's bos but the first is dropped; one text segment a stretch."""
+    segments: list[Segment] = [pieces[0][0]]
+    for piece in pieces:
+        assert piece[0].content == Control("bos")
+        for number, segment in enumerate(piece[1:]):
+            previous = segments[-1]
+            if number == 0 and isinstance(previous.content, str) and isinstance(segment.content, str):
+                assert previous.counts == segment.counts
+                segments[-1] = Segment(previous.content + segment.content, segment.counts)
+            else:
+                segments.append(segment)
+    return segments
+
+
+@given(documents=st.lists(texts, min_size=1, max_size=5), limit=limits)
+def test_pieces_of_plain_text_spell_it_and_fit(documents: list[str], limit: int) -> None:
+    documents = [*documents, "x"]
+    corpus = text_corpus(documents, limit)
+    pieces = [corpus.piece(index) for index in range(len(corpus))]
+    assert max(map(cost, pieces)) <= limit
+    ends = [index for index, piece in enumerate(pieces) if piece[-1] == control("eos")]
+    spelled = [joined(pieces[a + 1 : b + 1]) for a, b in pairwise([-1, *ends])]
+    assert spelled == [[control("bos"), Segment(text), control("eos")] for text in documents if text]
+
+
+@given(chats=st.lists(messages, min_size=1, max_size=3), limit=limits, mask_prompt=st.booleans())
+@settings(deadline=None)
+def test_pieces_of_chats_spell_them_and_fit(chats: list, limit: int, mask_prompt: bool) -> None:
+    chats = [*chats, [{"role": "user", "content": "x"}]]
+    expected = []
+    for chat in chats:
+        document = [control("bos", not mask_prompt)]
+        for message in chat:
+            document += [control(part, not mask_prompt) for part in ("header_open", message["role"], "header_close")]
+            counts = not mask_prompt or message["role"] == "assistant"
+            document += [Segment(message["content"], counts)] if message["content"] else []
+            document += [control("end_of_turn", counts)]
+        if any(message["content"] for message in chat):
+            expected.append(document)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "chats.jsonl")
+        path.write_bytes(b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats))
+        corpus = read_corpus([path], limit, mask_prompt)
+        pieces = [corpus.piece(index) for index in range(len(corpus))]
+    assert max(map(cost, pieces)) <= limit
+    for piece in pieces:
+        contents = [content.part if isinstance(content, Control) else "text" for content, counts in piece]
+        # Neither a header without the start of its text, nor an end of turn without the end of its text, on its own.
+        assert contents[-1] in ("text", "end_of_turn")
+        assert contents[1] in ("text", "header_open")
+    documents = [pieces[a:b] for a, b in pairwise([*_firsts(corpus.pieces[:, 0]), len(pieces)])]
+    assert [joined(document) for document in documents] == expected
+
+
+def _firsts(documents: np.ndarray) -> list[int]:
+    return np.unique(documents, return_index=True)[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("aaaa bbbb cccc\ndddd eeee ffff", "aaaa bbbb cccc\n"),  # after a line break in the last half
+        ("aaaa bbbb cccc dddd eeee", "aaaa bbbb cccc dddd"),  # before a space there
+        ("aaa\nbbb cccc dddd eeee", "aaa\nbbb cccc dddd"),  # a line break in the first half does not count,
+        ("aa bbb\n" + "c" * 20, "aa bbb\n" + "c" * 13),  # nor does a space
+        ("a" * 19 + "éaa", "a" * 19),  # not inside a character,
+        ("a" * 18 + "e\u0301\u0302aa", "a" * 18),  # nor before what combines with the one before,
+        ("a" * 12 + "👩\u200d👩aaa", "a" * 12),  # nor beside a joiner,
+        ("e" + "\u0301" * 20, "e" + "\u0301" * 9),  # unless there is no other place
+        ("a" * 20, "a" * 19),  # eos does not fit: the end of the text stays with it
+    ],
+)
+def test_places_of_cuts(text: str, first: str) -> None:
+    assert text_corpus([text], limit=CONTROL_BYTES + 20).piece(0) == (control("bos"), Segment(first))
+
+
+def test_a_turn_ends_a_piece(tmp_path: Path) -> None:
+    rows = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b c d" * 9}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": rows}))
+    corpus = read_corpus([tmp_path / "chat.jsonl"], limit=4 + 12 + 40 + 4 + 12 + 4)
+    assert corpus.piece(0)[-1] == control("end_of_turn")
+    assert corpus.piece(1)[1] == control("header_open")
+    assert len(corpus) == 2
+
+
+def test_files_of_folders_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "2.jsonl").write_bytes(
+        b'{"text": "one", "other": 1}\n\n \r\n{"text": ""}\r\n{"text": "tw\\u00f6"}\r\n'
+        b'{"messages": [{"role": "user", "content": "three"}]}'
+    )
+    (tmp_path / "b.txt").write_bytes("vi\u00e8r\r\n".encode())
+    (tmp_path / "b" / "empty.txt").touch()
+    (tmp_path / "b" / "ignored.md").write_text("no")
+    corpus = read_corpus([tmp_path, tmp_path / "b.txt"], limit=100)
+    spelled = ["".join(content for content, _ in corpus.piece(i) if isinstance(content, str)) for i in range(5)]
+    assert spelled == ["one", "twö", "three", "vièr\r\n", "vièr\r\n"]
+    assert len(corpus) == 5
+
+
+def test_prompts_are_masked(tmp_path: Path) -> None:
+    rows = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": rows}) + '\n{"text": "plain"}')
+    corpus = read_corpus([tmp_path], limit=100, mask_prompt=True)
+    counted = [[segment.content for segment in corpus.piece(index) if segment.counts] for index in range(2)]
+    assert counted == [["b", Control("end_of_turn")], [Control("bos"), "plain", Control("eos")]]
+    assert all(segment.counts for segment in read_corpus([tmp_path], limit=100).piece(0))
+
+
+CHAT = '{"messages": [{"role": "user", "content": "good"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", CHAT + '{"text": "no end}\n', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", CHAT + "[" * 100_000, "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", CHAT + "\n[1]", "a.jsonl, line 3: neither `text` nor `messages`"),
+        ("a.jsonl", '{"txt": "a"}', "line 1: neither `text` nor `messages`"),
+        ("a.jsonl", '{"text": "a", "messages": []}', "line 1: neither `text` nor `messages` alone"),
+        ("a.jsonl", '{"text": 3}', "`text` is not a string"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "half of a surrogate pair"),
+        ("a.jsonl", '{"messages": []}', "not a list of messages"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "lacks `role` or `content`"),
+        ("a.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}', "unknown role 'tool'"),
+        ("a.jsonl", '{"messages": [{"role": ["user"], "content": "a"}]}', "unknown role"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', "`content` is not a string"),
+        ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl, line 1: not UTF-8"),
+        ("a.txt", b"\xe9", "a.txt is not UTF-8"),
+        ("a.txt", b"a" * (1 << 20) + b"\xc3", "a.txt is not UTF-8"),
+        ("a.txt", "", "there is no text in"),
+        ("a.jsonl", '{"text": ""}', "there is no text in"),
+        ("a.csv", "a", "a.csv is neither .txt nor .jsonl"),
+    ],
+)
+def test_bad_files_are_named_at_the_start(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        read_corpus([path], limit=100)
+
+
+def test_missing_files_and_small_windows(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere.txt does not exist"):
+        read_corpus([tmp_path / "nowhere.txt"], limit=100)
+    with pytest.raises(InputError, match=r"no .txt or .jsonl file below"):
+        read_corpus([tmp_path], limit=100)
+    with pytest.raises(InputError, match=r"no text in the documents"):
+        text_corpus([""], limit=100)
+    with pytest.raises(InputError, match=f"at least {SMALLEST_LIMIT}"):
+        text_corpus(["a"], limit=SMALLEST_LIMIT - 1)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_changed_file_is_noticed(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"text": "before"}')
+    corpus = read_corpus([path], limit=100)
+    path.write_text('{"text": "after_"}')
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(InputError, match="changed while it was in use"):
+        corpus.piece(0)
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permutation_is_a_bijection(size: int, key: int) -> None:
+    places = permute(np.arange(size), size, np.full(size, key, np.uint64))
+    assert np.array_equal(np.sort(places), np.arange(size))
+
+
+def test_permutation_is_pinned() -> None:
+    # A resumed run must go on with the batches that the interrupted one would have had, on any machine and numpy.
+    assert permute(np.arange(10), 10, np.zeros(10, np.uint64)).tolist() == [8, 1, 2, 6, 5, 3, 0, 4, 7, 9]
+    large = permute(np.arange(4), 10**12, np.full(4, 2**64 - 1, np.uint64))
+    assert large.tolist() == [206807255669, 991937756932, 379276330496, 250822893387]
+    corpus = text_corpus(["a"] * 7, limit=100)
+    assert corpus.order(seed=0, step=0, size=8).tolist() == [3, 5, 0, 4, 1, 6, 2, 4]
+    assert corpus.order(seed=-1, step=5, size=3).tolist() == [2, 4, 0]
+
+
+def test_permutations_look_random() -> None:
+    keys = np.arange(60_000, dtype=np.uint64)
+    orders = np.stack([permute(np.full(len(keys), place), 5, keys) for place in range(5)])
+    counts = np.unique(orders, axis=1, return_counts=True)[1]
+    # All 120 orders, 500 times each: chi-square of 119 degrees of freedom is below 190 but for one in 30,000.
+    assert len(counts) == 120
+    assert ((counts - 500.0) ** 2 / 500).sum() < 190
+    first, second = (permute(np.arange(10_000), 10_000, np.full(10_000, key, np.uint64)) for key in (1, 2))
+    assert abs(np.corrcoef(np.arange(10_000), first)[0, 1]) < 0.04
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.04
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.04
+
+
+@given(pieces=st.integers(1, 40), size=st.integers(1, 12), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 3))
+@settings(deadline=None)
+def test_batches_visit_every_piece_once_an_epoch(pieces: int, size: int, seed: int, epoch: int) -> None:
+    corpus = text_corpus([str(index) for index in range(pieces)], limit=100)
+    steps = range(epoch * pieces // size, (epoch + 1) * pieces // size + 1)
+    # Backwards: a batch is a function of (seed, step), whatever was asked for before.
+    rows = np.concatenate([corpus.order(seed, step, size) for step in reversed(steps)][::-1])
+    visited = rows[epoch * pieces - steps[0] * size :][:pieces]
+    assert np.array_equal(np.sort(visited), np.arange(pieces))
+    assert [piece[1].content for piece in corpus.batch(seed, steps[0], size)] == list(map(str, rows[:size]))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    corpus = text_corpus(["a"] * 100, limit=100)
+    orders = [tuple(corpus.order(seed, epoch, 100)) for seed in range(8) for epoch in range(8)]
+    assert len(set(orders)) == 64
