@@ -1,0 +1,314 @@
+"""A tokenizer as ids <-> bytes: Hugging Face's tokenizer.json, plain bytes, and the control tokens of chat templates."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, Integer
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Normalizer
+
+from minalm.text import InputError, Piece
+
+META = "\u2581"  # how SentencePiece vocabularies write a space
+
+
+class Encoding(NamedTuple):
+    """A piece of text as the tokens of one vocabulary.
+
+    `ends` places the end of each token on an axis that all vocabularies share: a byte of text is one unit long, and so
+    is a control part, whatever it is spelled with. Only the last token of a control part ends at a place of this axis;
+    the others, and a token that is nothing but a dummy prefix space, have end -1.
+    """
+
+    ids: Int32[np.ndarray, "time"]
+    ends: Int32[np.ndarray, "time"]
+    segment: Int32[np.ndarray, "time"]  # index in the piece of the segment that the token belongs to
+    counts: Bool[np.ndarray, "time"]  # Segment.counts of that segment
+    spelled: bool  # the tokens spell exactly the bytes of the piece's texts; if not, `ends` means nothing
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Made by `load_vocabulary`, `byte_vocabulary` or `with_control`."""
+
+    name: str  # what messages call it
+    tokenizer: Tokenizer | None  # None: a text is its UTF-8 bytes
+    normalizer: Normalizer | None  # what the tokenizer does to Unicode text before it looks for tokens
+    metaspace: bool  # spells a space as META
+    token_bytes: tuple[bytes, ...]  # by id; b"" for control tokens and unused ids
+    control: Mapping[str, int]  # ids that no text ever becomes; those that have bytes are words of a chat's header
+    template: Mapping[str, tuple[str, ...]]  # control part, or "pad" -> control strings and words that spell it
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return len(self.token_bytes)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows up: pad, else eos, else 0."""
+        return [*self._parts["pad"], *self._parts["eos"], 0][0]
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._parts["eos"][0] if self._parts["eos"] else None
+
+    @cached_property
+    def template_control(self) -> tuple[str, ...]:
+        """The control tokens of the chat template with bos, eos and pad, in the template's order."""
+        words = dict.fromkeys(word for part in self.template.values() for word in part if word in self.control)
+        return tuple(word for word in words if not self.token_bytes[self.control[word]])
+
+    def part_ids(self, part: str) -> list[int]:
+        """The tokens of a control part. Raises InputError where the vocabulary has no chat template."""
+        if part not in self._parts:
+            raise InputError(
+                f"{self.name} has the control tokens of no known chat template, so it cannot write {part!r}: "
+                "give plain texts, or a tokenizer that has them"
+            )
+        return self._parts[part]
+
+    def boundary_mask(self, size: int) -> Bool[np.ndarray, "size"]:
+        """Entries that may follow the end of a word: first byte space, tab or newline, or `template_control`.
+
+        `size` is the number of rows of the model's table; those past the tokenizer are False. It may lack control tokens
+        that no template uses (Gemma 3's image token). Raises InputError if it lacks others.
+        """
+        mask = np.zeros(max(size, self.size), bool)
+        mask[: self.size] = [token[:1] in (b" ", b"\t", b"\n") for token in self.token_bytes]
+        mask[[self.control[word] for word in self.template_control]] = True
+        if mask[size:].any() or any(self.token_bytes[size:]):
+            raise InputError(f"{self.name} has ids past the model's {size} rows: use the model's own tokenizer")
+        return mask[:size]
+
+    def normalize(self, text: str) -> str:
+        """The text after the tokenizer's Unicode normaliser (NFC, NFKC, ...), if it has one.
+
+        Only of texts that have been normalised by both do two vocabularies spell the same bytes.
+        """
+        return self.normalizer.normalize_str(text) if self.normalizer else text
+
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, "time"]) -> str:
+        """The text of tokens without the control tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes[i] for i in ids).decode(errors="replace")
+
+    def encode(self, pieces: Sequence[Piece]) -> list[Encoding]:
+        """Each text between two control parts is tokenized on its own, all of them in one call (threads in Rust).
+
+        A part may be spelled by no token (Qwen has no bos). Raises InputError for a part of a chat where the
+        vocabulary has no chat template.
+        """
+        contents = [content for piece in pieces for content, _ in piece]
+        texts = [content for content in contents if isinstance(content, str)]
+        text_ids = iter(self._text_ids(texts))
+        tokens = [next(text_ids) if isinstance(content, str) else self.part_ids(content.part) for content in contents]
+        spelling = [content.encode() if isinstance(content, str) else None for content in contents]
+
+        # Below: arrays over all segments of the batch, and over all its tokens.
+        is_text = np.array([text is not None for text in spelling], bool)
+        width = np.array([1 if text is None else len(text) for text in spelling], np.int64)
+        count = np.array([len(ids) for ids in tokens], np.int64)
+        start, stop = np.cumsum(width) - width, np.cumsum(count)
+        owner = np.repeat(np.arange(len(tokens)), count)
+        ids = np.concatenate([np.zeros(0, np.int32), *tokens], dtype=np.int32, casting="unsafe")
+
+        spelled = np.concatenate([[0], np.cumsum(self._byte_length[ids])])
+        before = spelled[stop - count]
+        dummy = spelled[stop] - before - width  # of a text: 1 where the tokenizer put a space before it
+        ends = (start - before - dummy)[owner] + spelled[1:]
+        ends[~is_text[owner] | (ends == start[owner])] = -1
+        written = ~is_text & (count > 0)
+        ends[stop[written] - 1] = (start + 1)[written]
+
+        right = [text is None or self._spells(ids, text) for ids, text in zip(tokens, spelling)]
+        number = np.array([i for piece in pieces for i in range(len(piece))], np.int32)[owner]
+        counts = np.array([counts for piece in pieces for _, counts in piece], bool)[owner]
+        encodings, segment, token = [], 0, 0
+        for piece in pieces:
+            segments, segment = slice(segment, segment + len(piece)), segment + len(piece)
+            here = slice(token, token := token + int(count[segments].sum()))
+            origin = start[segments][:1].sum()  # of an empty piece: 0
+            end = np.where(ends[here] < 0, -1, ends[here] - origin).astype(np.int32)
+            encodings.append(Encoding(ids[here], end, number[here], counts[here], all(right[segments])))
+        return encodings
+
+    @cached_property
+    def _parts(self) -> dict[str, list[int]]:
+        def spell(word: str) -> list[int]:
+            return [self.control[word]] if word in self.control else [int(i) for i in self._text_ids([word])[0]]
+
+        return {part: [i for word in words for i in spell(word)] for part, words in self.template.items()}
+
+    @cached_property
+    def _byte_length(self) -> Int32[np.ndarray, "vocab"]:
+        return np.array([len(token) for token in self.token_bytes], np.int32)
+
+    @cached_property
+    def _meta_ids(self) -> list[int]:
+        return [self.token_bytes.index(bytes([byte])) for byte in META.encode()]
+
+    def _text_ids(self, texts: Sequence[str]) -> list[list[int]] | list[Integer[np.ndarray, "bytes"]]:
+        if self.tokenizer is None:
+            return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+        # A literal META in a text would be read as a space: it is spelled by its bytes.
+        fragments = [text.split(META) if self.metaspace else [text] for text in texts]
+        flat = [fragment for parts in fragments for fragment in parts]
+        encoded = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        ids = []
+        for first, *others in fragments:
+            ids.append(next(encoded).ids)
+            for _ in others:
+                ids[-1] += self._meta_ids + next(encoded).ids
+        return ids
+
+    def _spells(self, ids: list[int] | Integer[np.ndarray, "bytes"], text: bytes) -> bool:
+        if self.tokenizer is None:
+            return True
+        spelled = b"".join(map(self.token_bytes.__getitem__, ids))
+        return spelled == text or spelled == b" " + text
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, or of the folder it is in; tokenizer_config.json beside it names bos, eos, pad.
+
+    Control tokens are the added tokens marked `special`; the others are ordinary text. Raises InputError if there is no
+    such file, or if the tokenizer spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
+    try:
+        spec = json.loads(file.read_text("utf-8"))
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{file} is no tokenizer.json that the tokenizers library reads: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
+
+    config_file = file.with_name("tokenizer_config.json")
+    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    added = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    control = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
+    byte_level = '"ByteLevel"' in json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
+    fallback = spec["model"].get("byte_fallback", False)
+
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    token_bytes = [b""] * (1 + max(vocab.values()))
+    for token, i in vocab.items():
+        if byte_level and i not in added:
+            token_bytes[i] = _from_byte_level(token)
+        elif fallback and len(token) == 6 and token.startswith("<0x") and i not in added:
+            token_bytes[i] = bytes([int(token[3:5], 16)])
+        else:
+            token_bytes[i] = (token if byte_level else token.replace(META, " ")).encode()
+    for i in control.values():
+        token_bytes[i] = b""
+    if missing := _ORDINARY - {token for token in token_bytes if len(token) == 1}:
+        raise InputError(
+            f"{file} cannot spell every text (it has no token for byte 0x{min(missing).hex()}): "
+            "use a byte-level tokenizer or one with byte fallback"
+        )
+    normalizer = _unicode_normalizer(spec.get("normalizer"))
+    template = _template(control, config)
+    return Vocabulary(str(path), tokenizer, normalizer, not byte_level, tuple(token_bytes), control, template)
+
+
+def byte_vocabulary(source: Vocabulary, control: Sequence[str] | None = None) -> Vocabulary:
+    """Ids 0 to 255 are the bytes; from 256 follow control strings, by default the sorted ones of the source's template.
+
+    Released byte checkpoints have longer lists, which hold words of the template ("user", or a blank line) as well: give
+    them as `control`, in the order of their ids. Such a word is written in headers only; text never becomes one.
+    """
+    single = tuple(bytes([byte]) for byte in range(256))
+    plain = Vocabulary(f"bytes for {source.name}", None, None, False, single, {}, {})
+    return with_control(plain, source, sorted(source.template_control) if control is None else control)
+
+
+def with_control(base: Vocabulary, source: Vocabulary, control: Sequence[str] | None = None) -> Vocabulary:
+    """The ordinary tokens of `base` with the chat template and the control tokens of `source`.
+
+    Control strings that `base` has not got yet (by default, those of the source's template) get ids from `base.size`.
+    """
+    new = [word for word in (source.template_control if control is None else control) if word not in base.control]
+    return replace(
+        base,
+        token_bytes=base.token_bytes + tuple(b"" if word in source.control else word.encode() for word in new),
+        control={**base.control, **{word: base.size + i for i, word in enumerate(new)}},
+        template=source.template,
+    )
+
+
+# A byte-level BPE writes each byte as one printable character: itself where it is printable, else one from U+0100 on
+# (GPT-2's encoder.py, bytes_to_unicode).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_FROM_BYTE_LEVEL = {0x100 + i: byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
+
+# What a vocabulary must spell to be of use: the bytes of UTF-8 text without control characters and the rarer planes,
+# which some vocabularies lack (SmolLM2). A text that has one of those is found not to be spelled.
+_ORDINARY = {bytes([byte]) for byte in (0x09, 0x0A, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))}
+
+
+def _from_byte_level(token: str) -> bytes:
+    try:
+        return token.translate(_FROM_BYTE_LEVEL).encode("latin-1")
+    except UnicodeEncodeError:  # not of that alphabet: no text becomes this token
+        return b""
+
+
+def _unicode_normalizer(spec: dict | None) -> Normalizer | None:
+    """What of a tokenizer.json's normalizer acts on the text; the rest belongs to how tokens spell bytes."""
+    steps = [spec] if spec else []
+    while any(step["type"] == "Sequence" for step in steps):
+        steps = [part for step in steps for part in step.get("normalizers", [step])]
+    spells = ("Prepend", "ByteLevel")
+    steps = [s for s in steps if s["type"] not in spells and not (s["type"] == "Replace" and META in s["content"])]
+    if not steps:
+        return None
+    bare = {
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+    }
+    return Tokenizer.from_str(json.dumps(bare)).normalizer
+
+
+def _template(control: Mapping[str, int], config: dict) -> dict[str, tuple[str, ...]]:
+    def named(part: str) -> tuple[str, ...]:
+        token = config.get(f"{part}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        return (token,) if token in control else ()
+
+    rows = [row for row in _TEMPLATES if all(word in control for part in _MARKERS for word in row[part][:1])]
+    if not rows:
+        return {part: named(part) for part in ("bos", "eos", "pad")}
+    row = next((row for row in rows if row["pad"] == named("pad")), rows[0])
+    # A chat model's config names as eos what ends a turn; any other eos is what a base model ends a text with.
+    base_eos = named("eos") if named("eos") != row["end_of_turn"][:1] else ()
+    return {**row, "eos": base_eos or row["eos"], "pad": named("pad") or row["pad"]}
+
+
+_PARTS = ("bos", "header_open", "system", "user", "assistant", "header_close", "end_of_turn", "eos", "pad")
+_MARKERS = ("bos", "header_open", "end_of_turn", "eos", "pad")
+# A tokenizer is of the first family whose control tokens it has, and of the one that pads as it does if several fit.
+_TEMPLATES = tuple(
+    {part: tuple(cell.split(" ")) if cell else () for part, cell in zip(_PARTS, row, strict=True)}
+    for row in (
+        (  # Llama 3
+            *("<|begin_of_text|>", "<|start_header_id|>", "system", "user", "assistant", "<|end_header_id|> \n\n"),
+            *("<|eot_id|>", "<|eot_id|>", "<|end_of_text|>"),
+        ),
+        # Gemma 2 and 3
+        ("<bos>", "<start_of_turn>", "user", "user", "model", "\n", "<end_of_turn> \n", "<eos>", "<pad>"),
+        (  # Qwen 2 and 3
+            *("", "<|im_start|>", "system", "user", "assistant", "\n", "<|im_end|> \n"),
+            *("<|endoftext|>", "<|endoftext|>"),
+        ),
+        # SmolLM2
+        ("", "<|im_start|>", "system", "user", "assistant", "\n", "<|im_end|> \n", "<|im_end|>", "<|im_end|>"),
+    )
+)
