@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from minalm.layers import softcap
-from minalm.model import Transformer
 from minalm.sharding import gather_channels, param, tp_max, tp_offset, tp_sum
 from minalm.types import TokenStats
 
@@ -39,8 +38,9 @@ def block_logits(
 def token_stats(
     hidden: Float[Array, "batch time embed"],
     targets: Int[Array, "batch time"],
-    model: Transformer,
+    unembedding: Float[Array, "vocab embed"],
     entries: Entries,
+    final_softcap: float | None,
 ) -> TokenStats:
     """log p(target) and the log boundary mass at every position, from the states after the final norm.
 
@@ -48,7 +48,7 @@ def token_stats(
     mass keeps its digits and its gradient however small it is.
     """
     batch, time, embed = hidden.shape
-    table = gather_channels(model.unembedding, hidden.dtype)
+    table = gather_channels(unembedding, hidden.dtype)
     offset = tp_offset(table.shape[0])
 
     def log_sum(exponentials, maximum, chosen):
@@ -57,7 +57,7 @@ def token_stats(
     @jax.checkpoint
     def of_block(block):
         hidden, targets = block
-        logits = block_logits(hidden, table, entries.exists, model.config.final_softcap)
+        logits = block_logits(hidden, table, entries.exists, final_softcap)
         top = tp_max(jnp.max(logits, axis=-1, where=entries.boundary, initial=-jnp.inf))
         rest_top = tp_max(jnp.max(logits, axis=-1, where=~entries.boundary, initial=-jnp.inf))
         exponentials = jnp.exp(logits - jnp.where(entries.boundary, top[:, None], rest_top[:, None]))

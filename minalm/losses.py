@@ -192,9 +192,9 @@ def next_token(stats: TokenStats, weight: Float[Array, "batch time"]) -> Float[A
 
 def alm(student: TokenStats, teacher: TokenStats, chunks: AlignedChunks, config: LossConfig) -> Float[Array, ""]:
     """Approximate likelihood matching: the mean divergence over the non-empty chunks (equation 5)."""
-    s_logp, s_count, s_boundary = chunk_sums(student, chunks.student_chunk, chunks.student_close)
+    s_logp, _, s_boundary = chunk_sums(student, chunks.student_chunk, chunks.student_close)
     t_logp, t_count, t_boundary = chunk_sums(teacher, chunks.teacher_chunk, chunks.teacher_close)
-    filled = (s_count > 0.0) & (t_count > 0.0)
+    filled = t_count > 0.0
     if config.chunks != "unconstrained":
         passes = chunks.before_space if config.chunks == "space" else t_boundary > math.log(max(config.gamma, 1e-30))
         groups = merge(filled, passes & (chunks.teacher_close >= 0))

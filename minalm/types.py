@@ -30,15 +30,17 @@ class AlignedChunks(eqx.Module):
     teacher_chunk: Int[Array | ndarray, "batch teacher_time"]
     student_close: Int[Array | ndarray, "batch chunk"]
     teacher_close: Int[Array | ndarray, "batch chunk"]
-    before_space: Bool[Array | ndarray, "batch chunk"]  # on both sides the next token starts with a space or is a control token
+    # On both sides the chunk is a control part, or what follows starts with a space or is a control part.
+    before_space: Bool[Array | ndarray, "batch chunk"]
+    text_bytes: Int[Array | ndarray, "batch chunk"]  # UTF-8 bytes of text in the chunk; 0: a control part, or unused
 
 
 class Batch(eqx.Module):
-    """Everything one step reads. Without a teacher (`teacher is None`) only next-token prediction is possible."""
+    """Everything one step reads. Without a teacher the student's tokens are aligned with themselves."""
 
     student: Tokens
     teacher: Tokens | None
-    chunks: AlignedChunks | None
+    chunks: AlignedChunks
 
 
 class TokenStats(eqx.Module):
