@@ -212,10 +212,11 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
     def normal(*shape, scale=0.02):
         return scale * jax.random.normal(next(keys), shape, jnp.float32)
 
+    def identity(*stack):
+        return jnp.full((*stack, config.embed), 0.0 if config.norm_plus_one else 1.0)
+
     def block(*stack):
         c, out = config, 0.02 / math.sqrt(2 * config.layers)
-        one = jnp.full((*stack, c.embed), 0.0 if c.norm_plus_one else 1.0)
-        post = one if c.post_norms else None
         attention = Attention(
             q=normal(*stack, c.embed, c.heads, c.head_dim),
             k=normal(*stack, c.embed, c.kv_heads, c.head_dim),
@@ -227,14 +228,15 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
             up=normal(*stack, c.embed, c.mlp),
             down=normal(*stack, c.mlp, c.embed, scale=out),
         )
-        return Block(attention, mlp, one, one, post, post)
+        post_norms = (identity(*stack), identity(*stack)) if c.post_norms else (None, None)
+        return Block(attention, mlp, identity(*stack), identity(*stack), *post_norms)
 
     return Transformer(
         embed=normal(config.vocab_size, config.embed),
         expansion=None if config.expansion_size is None else normal(config.expansion_size, config.embed),
         blocks=block(config.layers - 1),
         last=block(),
-        norm=jnp.full((config.embed,), 0.0 if config.norm_plus_one else 1.0),
+        norm=identity(),
         unembed=None if config.tied else normal(config.vocab_size, config.embed),
         config=config,
     )
