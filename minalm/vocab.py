@@ -1,6 +1,7 @@
-"""A tokenizer as ids <-> bytes: Hugging Face's tokenizer.json, plain bytes, and the control tokens of chat templates."""
+"""A tokenizer as ids <-> bytes: Hugging Face's tokenizer.json, or plain bytes, and control tokens of chat templates."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,11 +26,16 @@ class Encoding(NamedTuple):
     the others, and a token that is nothing but a dummy prefix space, have end -1.
     """
 
-    ids: Int32[np.ndarray, "time"]
-    ends: Int32[np.ndarray, "time"]
-    segment: Int32[np.ndarray, "time"]  # index in the piece of the segment that the token belongs to
-    counts: Bool[np.ndarray, "time"]  # Segment.counts of that segment
-    spelled: bool  # the tokens spell exactly the bytes of the piece's texts; if not, `ends` means nothing
+    ids: Int32[np.ndarray, "  time"]
+    ends: Int32[np.ndarray, "  time"]
+    text_bytes: Int32[np.ndarray, "  time"]  # bytes of text that the token spells; 0 in a control part
+    segment: Int32[np.ndarray, "  time"]  # index in the piece of the segment that the token belongs to
+    counts: Bool[np.ndarray, "  time"]  # Segment.counts of that segment
+    spelled: bool  # the tokens spell exactly the piece's texts; if not, `ends` and `text_bytes` mean nothing
+
+    def cut(self, length: int) -> "Encoding":
+        """The first `length` tokens."""
+        return Encoding(*(array[:length] for array in self[:-1]), self.spelled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +45,7 @@ class Vocabulary:
     name: str  # what messages call it
     tokenizer: Tokenizer | None  # None: a text is its UTF-8 bytes
     normalizer: Normalizer | None  # what the tokenizer does to Unicode text before it looks for tokens
-    metaspace: bool  # spells a space as META
+    fallback: Mapping[int, int]  # byte -> id of its token <0xNN>; not empty where a space is written as META
     token_bytes: tuple[bytes, ...]  # by id; b"" for control tokens and unused ids
     control: Mapping[str, int]  # ids that no text ever becomes; those that have bytes are words of a chat's header
     template: Mapping[str, tuple[str, ...]]  # control part, or "pad" -> control strings and words that spell it
@@ -64,6 +70,13 @@ class Vocabulary:
         words = dict.fromkeys(word for part in self.template.values() for word in part if word in self.control)
         return tuple(word for word in words if not self.token_bytes[self.control[word]])
 
+    @cached_property
+    def id_of_bytes(self) -> dict[bytes, int]:
+        """The id of each byte string that is a token of text. Of several, never a fallback token, then the lowest."""
+        ids = {bytes([byte]): i for byte, i in self.fallback.items()}
+        fallback = frozenset(self.fallback.values())
+        return ids | {t: i for i, t in reversed([*enumerate(self.token_bytes)]) if t and i not in fallback}
+
     def part_ids(self, part: str) -> list[int]:
         """The tokens of a control part. Raises InputError where the vocabulary has no chat template."""
         if part not in self._parts:
@@ -73,18 +86,24 @@ class Vocabulary:
             )
         return self._parts[part]
 
-    def boundary_mask(self, size: int) -> Bool[np.ndarray, "size"]:
-        """Entries that may follow the end of a word: first byte space, tab or newline, or `template_control`.
-
-        `size` is the number of rows of the model's table; those past the tokenizer are False. It may lack control tokens
-        that no template uses (Gemma 3's image token). Raises InputError if it lacks others.
-        """
-        mask = np.zeros(max(size, self.size), bool)
-        mask[: self.size] = [token[:1] in (b" ", b"\t", b"\n") for token in self.token_bytes]
+    @cached_property
+    def boundary(self) -> Bool[np.ndarray, " vocab"]:
+        """Entries that may follow the end of a word: first byte space, tab or newline, or `template_control`."""
+        mask = np.array([token[:1] in (b" ", b"\t", b"\n") for token in self.token_bytes], bool)
         mask[[self.control[word] for word in self.template_control]] = True
-        if mask[size:].any() or any(self.token_bytes[size:]):
+        return mask
+
+    def boundary_mask(self, size: int) -> Bool[np.ndarray, " size"]:
+        """`boundary` for a model whose table has `size` rows; those past the tokenizer are False.
+
+        Raises InputError if ids are past the table, other than control tokens that no template uses (Gemma 3's image
+        token).
+        """
+        if self.boundary[size:].any() or any(self.token_bytes[size:]):
             raise InputError(f"{self.name} has ids past the model's {size} rows: use the model's own tokenizer")
-        return mask[:size]
+        mask = np.zeros(size, bool)
+        mask[: self.size] = self.boundary[:size]
+        return mask
 
     def normalize(self, text: str) -> str:
         """The text after the tokenizer's Unicode normaliser (NFC, NFKC, ...), if it has one.
@@ -93,7 +112,7 @@ class Vocabulary:
         """
         return self.normalizer.normalize_str(text) if self.normalizer else text
 
-    def decode(self, ids: Iterable[int] | Integer[np.ndarray, "time"]) -> str:
+    def decode(self, ids: Iterable[int] | Integer[np.ndarray, " time"]) -> str:
         """The text of tokens without the control tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode(errors="replace")
 
@@ -104,38 +123,42 @@ class Vocabulary:
         vocabulary has no chat template.
         """
         contents = [content for piece in pieces for content, _ in piece]
-        texts = [content for content in contents if isinstance(content, str)]
-        text_ids = iter(self._text_ids(texts))
-        tokens = [next(text_ids) if isinstance(content, str) else self.part_ids(content.part) for content in contents]
+        texts = iter(self._text_ids([content for content in contents if isinstance(content, str)]))
+        tokens = [next(texts) if isinstance(content, str) else self.part_ids(content.part) for content in contents]
         spelling = [content.encode() if isinstance(content, str) else None for content in contents]
+        right = [text is None or self._spells(ids, text) for ids, text in zip(tokens, spelling)]
 
-        # Below: arrays over all segments of the batch, and over all its tokens.
+        # Arrays over all segments of the batch: their lengths in tokens and on the axis of `ends`, where they start.
         is_text = np.array([text is not None for text in spelling], bool)
-        width = np.array([1 if text is None else len(text) for text in spelling], np.int64)
         count = np.array([len(ids) for ids in tokens], np.int64)
-        start, stop = np.cumsum(width) - width, np.cumsum(count)
+        stop = np.cumsum(count)
+        width = np.array([1 if text is None else len(text) for text in spelling], np.int64)
+        segments = np.array([len(piece) for piece in pieces], np.int64)  # of each piece
+        start = np.cumsum(width) - width
+        start -= np.repeat(np.append(start, 0)[np.cumsum(segments) - segments], segments)
+
+        # Arrays over all tokens of the batch.
         owner = np.repeat(np.arange(len(tokens)), count)
         ids = np.concatenate([np.zeros(0, np.int32), *tokens], dtype=np.int32, casting="unsafe")
-
-        spelled = np.concatenate([[0], np.cumsum(self._byte_length[ids])])
-        before = spelled[stop - count]
-        dummy = spelled[stop] - before - width  # of a text: 1 where the tokenizer put a space before it
-        ends = (start - before - dummy)[owner] + spelled[1:]
-        ends[~is_text[owner] | (ends == start[owner])] = -1
+        text_bytes = np.where(is_text[owner], self._byte_length[ids], 0)
+        spelled = np.concatenate([[0], np.cumsum(text_bytes)])
+        dummy = is_text & (
+            spelled[stop] - spelled[stop - count] > width
+        )  # a space that the tokenizer put before a text
+        text_bytes[(stop - count)[dummy]] -= 1
+        spelled = np.concatenate([[0], np.cumsum(text_bytes)])
+        ends = (start - spelled[stop - count])[owner] + spelled[1:]
+        ends[text_bytes == 0] = -1
         written = ~is_text & (count > 0)
-        ends[stop[written] - 1] = (start + 1)[written]
-
-        right = [text is None or self._spells(ids, text) for ids, text in zip(tokens, spelling)]
-        number = np.array([i for piece in pieces for i in range(len(piece))], np.int32)[owner]
+        ends[stop[written] - 1] = start[written] + 1
+        segment = np.array([number for piece in pieces for number in range(len(piece))], np.int32)[owner]
         counts = np.array([counts for piece in pieces for _, counts in piece], bool)[owner]
-        encodings, segment, token = [], 0, 0
-        for piece in pieces:
-            segments, segment = slice(segment, segment + len(piece)), segment + len(piece)
-            here = slice(token, token := token + int(count[segments].sum()))
-            origin = start[segments][:1].sum()  # of an empty piece: 0
-            end = np.where(ends[here] < 0, -1, ends[here] - origin).astype(np.int32)
-            encodings.append(Encoding(ids[here], end, number[here], counts[here], all(right[segments])))
-        return encodings
+
+        last = np.cumsum(segments)
+        borders = np.append(0, stop)[last[:-1]]
+        arrays = (ids, ends.astype(np.int32), text_bytes, segment, counts)
+        spelled_right = [all(right[end - number : end]) for end, number in zip(last, segments)]
+        return [Encoding(*row) for row in zip(*(np.split(array, borders) for array in arrays), spelled_right)]
 
     @cached_property
     def _parts(self) -> dict[str, list[int]]:
@@ -145,28 +168,24 @@ class Vocabulary:
         return {part: [i for word in words for i in spell(word)] for part, words in self.template.items()}
 
     @cached_property
-    def _byte_length(self) -> Int32[np.ndarray, "vocab"]:
+    def _byte_length(self) -> Int32[np.ndarray, " vocab"]:
         return np.array([len(token) for token in self.token_bytes], np.int32)
 
-    @cached_property
-    def _meta_ids(self) -> list[int]:
-        return [self.token_bytes.index(bytes([byte])) for byte in META.encode()]
-
-    def _text_ids(self, texts: Sequence[str]) -> list[list[int]] | list[Integer[np.ndarray, "bytes"]]:
+    def _text_ids(self, texts: Sequence[str]) -> list[list[int]] | list[Integer[np.ndarray, " bytes"]]:
         if self.tokenizer is None:
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
         # A literal META in a text would be read as a space: it is spelled by its bytes.
-        fragments = [text.split(META) if self.metaspace else [text] for text in texts]
+        fragments = [text.split(META) if self.fallback else [text] for text in texts]
         flat = [fragment for parts in fragments for fragment in parts]
         encoded = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         ids = []
-        for first, *others in fragments:
+        for _, *others in fragments:
             ids.append(next(encoded).ids)
             for _ in others:
-                ids[-1] += self._meta_ids + next(encoded).ids
+                ids[-1] += [self.fallback[byte] for byte in META.encode()] + next(encoded).ids
         return ids
 
-    def _spells(self, ids: list[int] | Integer[np.ndarray, "bytes"], text: bytes) -> bool:
+    def _spells(self, ids: list[int] | Integer[np.ndarray, " bytes"], text: bytes) -> bool:
         if self.tokenizer is None:
             return True
         spelled = b"".join(map(self.token_bytes.__getitem__, ids))
@@ -174,7 +193,7 @@ class Vocabulary:
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a tokenizer.json, or of the folder it is in; tokenizer_config.json beside it names bos, eos, pad.
+    """The vocabulary of a tokenizer.json, or of its folder; tokenizer_config.json beside it names bos, eos and pad.
 
     Control tokens are the added tokens marked `special`; the others are ordinary text. Raises InputError if there is no
     such file, or if the tokenizer spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.
@@ -196,14 +215,15 @@ def load_vocabulary(path: Path) -> Vocabulary:
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
     control = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
     byte_level = '"ByteLevel"' in json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
-    fallback = spec["model"].get("byte_fallback", False)
+    fallback: dict[int, int] = {}
 
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     token_bytes = [b""] * (1 + max(vocab.values()))
     for token, i in vocab.items():
         if byte_level and i not in added:
             token_bytes[i] = _from_byte_level(token)
-        elif fallback and len(token) == 6 and token.startswith("<0x") and i not in added:
+        elif spec["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token) and i not in added:
+            fallback[int(token[3:5], 16)] = i
             token_bytes[i] = bytes([int(token[3:5], 16)])
         else:
             token_bytes[i] = (token if byte_level else token.replace(META, " ")).encode()
@@ -216,17 +236,17 @@ def load_vocabulary(path: Path) -> Vocabulary:
         )
     normalizer = _unicode_normalizer(spec.get("normalizer"))
     template = _template(control, config)
-    return Vocabulary(str(path), tokenizer, normalizer, not byte_level, tuple(token_bytes), control, template)
+    return Vocabulary(str(path), tokenizer, normalizer, fallback, tuple(token_bytes), control, template)
 
 
 def byte_vocabulary(source: Vocabulary, control: Sequence[str] | None = None) -> Vocabulary:
     """Ids 0 to 255 are the bytes; from 256 follow control strings, by default the sorted ones of the source's template.
 
-    Released byte checkpoints have longer lists, which hold words of the template ("user", or a blank line) as well: give
-    them as `control`, in the order of their ids. Such a word is written in headers only; text never becomes one.
+    Released byte checkpoints have longer lists, which hold words of the template ("user", or a blank line) as well:
+    give them as `control`, in the order of their ids. Such a word is written in headers only; no text becomes one.
     """
     single = tuple(bytes([byte]) for byte in range(256))
-    plain = Vocabulary(f"bytes for {source.name}", None, None, False, single, {}, {})
+    plain = Vocabulary(f"bytes for {source.name}", None, None, {}, single, {}, {})
     return with_control(plain, source, sorted(source.template_control) if control is None else control)
 
 
@@ -270,11 +290,8 @@ def _unicode_normalizer(spec: dict | None) -> Normalizer | None:
     steps = [s for s in steps if s["type"] not in spells and not (s["type"] == "Replace" and META in s["content"])]
     if not steps:
         return None
-    bare = {
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
-        "normalizer": {"type": "Sequence", "normalizers": steps},
-    }
-    return Tokenizer.from_str(json.dumps(bare)).normalizer
+    model, normalizer = {"type": "BPE", "vocab": {}, "merges": []}, {"type": "Sequence", "normalizers": steps}
+    return Tokenizer.from_str(json.dumps({"model": model, "normalizer": normalizer})).normalizer
 
 
 def _template(control: Mapping[str, int], config: dict) -> dict[str, tuple[str, ...]]:

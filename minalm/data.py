@@ -1,0 +1,136 @@
+"""Pieces of text -> batches of fixed shape, numpy arrays on the host, prepared ahead of their use."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Bool
+
+from minalm.align import align
+from minalm.ngrams import LongestSuffix
+from minalm.text import Piece
+from minalm.types import AlignedChunks, Batch, Tokens
+from minalm.vocab import Encoding, Vocabulary
+
+T = TypeVar("T")
+
+
+def make_batch(
+    pieces: Sequence[Piece],
+    student: Vocabulary,
+    teacher: Vocabulary | None,
+    ngrams: LongestSuffix | None,
+    student_length: int,
+    teacher_length: int,
+) -> tuple[Batch, int]:
+    """One row for each piece, cut at `student_length` and `teacher_length` tokens, and the number of pieces left out.
+
+    A piece is left out if a tokenizer cannot spell its bytes: its row is empty, with weight 0 and no chunks. Texts are
+    put through the teacher's and then the student's Unicode normaliser before either reads them. Without a teacher the
+    student's tokens are aligned with themselves. A chunk that holds the first token of a row on either side has no
+    log-probability there: it keeps its close, and no target belongs to it.
+    """
+    for side in (teacher, student):
+        if side is not None and side.normalizer is not None:
+            pieces = [_normalized(piece, side) for piece in pieces]
+    ours = student.encode(pieces)
+    theirs = ours if teacher is None else teacher.encode(pieces)
+    usable = [our.spelled and their.spelled for our, their in zip(ours, theirs)]
+    ours, theirs = ([row if use else row.cut(0) for row, use in zip(rows, usable)] for rows in (ours, theirs))
+    other, other_length = (student, student_length) if teacher is None else (teacher, teacher_length)
+
+    tokens = _tokens(ours, student.pad_id, student_length)
+    if ngrams is not None:
+        tokens = replace(tokens, ngram=ngrams(tokens.inputs))
+    return (
+        Batch(
+            student=tokens,
+            teacher=None if teacher is None else _tokens(theirs, teacher.pad_id, teacher_length),
+            chunks=_chunks(ours, theirs, student, other, student_length, other_length),
+        ),
+        usable.count(False),
+    )
+
+
+def read_ahead(make: Callable[[int], T], start: int, ahead: int = 2) -> Generator[T, None, None]:
+    """make(start), make(start + 1), ... in order, up to `ahead` of them computed beforehand in a background thread.
+
+    An exception in `make` is raised where its result is due. Closing the generator waits for the call that is going on
+    and starts no other.
+    """
+    pool = ThreadPoolExecutor(1, "read-ahead")
+    try:
+        pending = deque(pool.submit(make, step) for step in range(start, start + ahead))
+        for step in count(start + ahead):
+            result = pending.popleft().result()
+            pending.append(pool.submit(make, step))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _normalized(piece: Piece, vocabulary: Vocabulary) -> Piece:
+    return tuple(
+        segment._replace(content=vocabulary.normalize(segment.content)) if isinstance(segment.content, str) else segment
+        for segment in piece
+    )
+
+
+def _tokens(rows: Sequence[Encoding], pad: int, length: int) -> Tokens:
+    inputs = np.full((len(rows), length), pad, np.int32)
+    targets = np.full((len(rows), length), pad, np.int32)
+    weight = np.zeros((len(rows), length), np.float32)
+    for row, encoding in enumerate(rows):
+        ids, following = encoding.ids[:length], encoding.ids[1:length]
+        inputs[row, : len(ids)] = ids
+        targets[row, : len(following)] = following
+        weight[row, : len(following)] = encoding.counts[1:length]
+    return Tokens(inputs, targets, weight, None)
+
+
+def _chunks(
+    ours: Sequence[Encoding],
+    theirs: Sequence[Encoding],
+    student: Vocabulary,
+    teacher: Vocabulary,
+    student_length: int,
+    teacher_length: int,
+) -> AlignedChunks:
+    rows, capacity = len(ours), min(student_length, teacher_length)
+    chunks = AlignedChunks(
+        student_chunk=np.full((rows, student_length), -1, np.int32),
+        teacher_chunk=np.full((rows, teacher_length), -1, np.int32),
+        student_close=np.full((rows, capacity), -1, np.int32),
+        teacher_close=np.full((rows, capacity), -1, np.int32),
+        before_space=np.zeros((rows, capacity), bool),
+        text_bytes=np.zeros((rows, capacity), np.int32),
+    )
+    for row, (our, their) in enumerate(zip(ours, theirs)):
+        aligned = align(our.cut(student_length), their.cut(teacher_length))
+        used = len(aligned.student_close)
+        chunks.student_close[row, :used] = aligned.student_close
+        chunks.teacher_close[row, :used] = aligned.teacher_close
+
+        chunk = aligned.student_chunk
+        text_bytes = np.bincount(chunk[chunk >= 0], our.text_bytes[: len(chunk)][chunk >= 0], used)
+        ends = _ends_word(our, student)[aligned.student_close] & _ends_word(their, teacher)[aligned.teacher_close]
+        chunks.text_bytes[row, :used] = text_bytes
+        chunks.before_space[row, :used] = ends | (text_bytes == 0)
+
+        first_in_chunk = 0 in (*aligned.student_chunk[:1], *aligned.teacher_chunk[:1])  # then it is chunk 0
+        for targets, chunk in (
+            (chunks.student_chunk[row], aligned.student_chunk[1:]),
+            (chunks.teacher_chunk[row], aligned.teacher_chunk[1:]),
+        ):
+            targets[: len(chunk)] = np.where(chunk == 0, -1, chunk) if first_in_chunk else chunk
+    return chunks
+
+
+def _ends_word(row: Encoding, vocabulary: Vocabulary) -> Bool[np.ndarray, " time"]:
+    """Whether what follows each token starts with a space, tab or newline, or is a control part, or is nothing."""
+    opens = vocabulary.boundary[row.ids] | (row.text_bytes == 0)
+    return np.append(opens[1:], np.ones(min(1, len(opens)), bool))

@@ -1,0 +1,107 @@
+"""Input expansion of byte students: the longest token of the original vocabulary that ends at each byte."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32, Int64, Integer, Shaped, UInt64
+
+from minalm.text import InputError
+from minalm.vocab import Vocabulary
+
+WINDOW = 16  # the most bytes of a token that can be found: two 64-bit words
+
+
+@dataclass(frozen=True, eq=False)
+class LongestSuffix:
+    """Tokens of the original vocabulary, each read from its last byte to its first, in lexicographic order.
+
+    The longest token that begins a string is either the last token not above the string, or the longest beginning of
+    that token that begins the string too: whatever lies between a string and one of its beginnings begins like that as
+    well. So one binary search finds it, and a climb from token to beginning. Made by `longest_suffix`.
+    """
+
+    keys: Shaped[np.ndarray, " tokens"]  # WINDOW bytes each, zeros after the end; the first is the empty token
+    first: UInt64[np.ndarray, " tokens"]  # their first 8 bytes as a big-endian number
+    second: UInt64[np.ndarray, " tokens"]  # the last 8
+    length: Int64[np.ndarray, " tokens"]  # bytes without the zeros
+    parent: Int64[np.ndarray, " tokens"]  # the longest other token that the token begins with
+    original: Int32[np.ndarray, " tokens"]  # the token's id in the original vocabulary
+    control: Int32[np.ndarray, " new"]  # the original id for each of the student's ids from 256 on
+
+    def __call__(self, inputs: Integer[np.ndarray, "batch time"]) -> Int32[np.ndarray, "batch time"]:
+        """Original ids for rows of a byte vocabulary's ids. Each depends on the ids up to its position only.
+
+        No suffix reaches across a control token, whose own result is its original. Where no token ends, at a byte that
+        the original vocabulary cannot spell, the result is 0.
+        """
+        batch, time = inputs.shape
+        is_byte = inputs < 256
+        text = np.zeros((batch, WINDOW + time), np.uint8)
+        text[:, WINDOW:] = np.where(is_byte, inputs, 0)
+        # The 8 bytes that end at a position, the last one first, are the little-endian word that starts 7 before it.
+        strides = (WINDOW + time, 1)
+        first = np.ndarray((batch, time), "<u8", text, WINDOW - 7, strides).ravel()
+        second = np.ndarray((batch, time), "<u8", text, WINDOW - 15, strides).ravel()
+        token = np.searchsorted(self.first, first, side="right") - 1
+        long = np.flatnonzero(self.first[token] == first)
+        string = np.stack([first[long], second[long]], axis=1).astype(">u8").view(self.keys.dtype)[:, 0]
+        token[long] = np.searchsorted(self.keys, string, side="right") - 1
+
+        agree = _leading_zero_bytes(self.first[token] ^ first)
+        long = np.flatnonzero(agree == 8)
+        agree[long] += _leading_zero_bytes(self.second[token[long]] ^ second[long])
+        position = np.arange(time)
+        before_run = np.maximum.accumulate(np.where(is_byte, -1, position), axis=1)
+        agree = np.minimum(agree, (position - before_run).ravel())
+        climbing = np.flatnonzero(self.length[token] > agree)
+        while len(climbing):
+            token[climbing] = self.parent[token[climbing]]
+            climbing = climbing[self.length[token[climbing]] > agree[climbing]]
+
+        ngram = self.original[token].reshape(batch, time)
+        ngram[~is_byte] = self.control[inputs[~is_byte] - 256]
+        return ngram
+
+
+def longest_suffix(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
+    """For the inputs of a byte student, the tokens of `original` with at most WINDOW bytes.
+
+    Raises InputError if the student reads no bytes, or has a control token that the original has not.
+    """
+    if student.tokenizer is not None:
+        raise InputError(f"{student.name} is not a byte vocabulary: only a byte student's inputs can be expanded")
+    control = []
+    for word in sorted(student.control, key=student.control.__getitem__):
+        if word in original.control:
+            control.append(original.control[word])
+        elif word.encode() in original.id_of_bytes:
+            control.append(original.id_of_bytes[word.encode()])
+        else:
+            raise InputError(f"{original.name} has no token {word!r}: give the student control tokens of the original")
+
+    ids = {token[::-1]: i for token, i in original.id_of_bytes.items() if len(token) <= WINDOW} | {b"": 0}
+    tokens = sorted(ids)
+    parent, path = [], [0]  # path: the beginnings of a token that are tokens themselves
+    for i, token in enumerate(tokens):
+        while not token.startswith(tokens[path[-1]]):
+            path.pop()
+        parent.append(path[-1])
+        path.append(i)
+    keys = np.array(tokens, f"S{WINDOW}")
+    first, second = keys.view(">u8").astype(np.uint64).reshape(-1, 2).T.copy()
+    return LongestSuffix(
+        keys=keys,
+        first=first,
+        second=second,
+        length=np.array([len(token) for token in tokens], np.int64),
+        parent=np.array(parent, np.int64),
+        original=np.array([ids[token] for token in tokens], np.int32),
+        control=np.array(control, np.int32),
+    )
+
+
+def _leading_zero_bytes(words: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    count = np.zeros(len(words), np.int64)
+    for bits in range(0, 64, 8):
+        count += words < np.uint64(1 << bits)
+    return count
