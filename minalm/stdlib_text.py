@@ -100,7 +100,7 @@ def main(folder: tyro.conf.Positional[Path], bpe: int) -> None:
 
 
 def _places(name: str) -> tuple[float, float]:
-    """Two numbers in [0, 1) that spread names evenly. Changing them changes every split: runs would no longer compare."""
+    """Two numbers in [0, 1) that spread names evenly. Changing them changes every split, so runs no longer compare."""
     # With this prefix the language reference, a fifteenth of all text, is in training, and shares of the documents are
     # near the same shares of the bytes.
     digest = hashlib.sha256(f"minalm 4:{name}".encode()).digest()
