@@ -38,7 +38,7 @@ def block_logits(
 def token_stats(
     hidden: Float[Array, "batch time embed"],
     targets: Int[Array, "batch time"],
-    unembedding: Float[Array, "vocab embed"],
+    unembedding: Float[Array, "vocab slice"],
     entries: Entries,
     final_softcap: float | None,
 ) -> TokenStats:

@@ -104,7 +104,7 @@ def gather_channels(table: Float[Array, "vocab slice"], dtype: jnp.dtype) -> Flo
     return jax.lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
 
 
-def lookup(table: Float[Array, "vocab embed"], ids: Int[Array, "batch time"]) -> Float[Array, "batch time embed"]:
+def lookup(table: Float[Array, "vocab slice"], ids: Int[Array, "batch time"]) -> Float[Array, "batch time embed"]:
     """Rows of a table divided over `tp` by entries and over `fsdp` by channels.
 
     The ids travel to the table's slices and the found channels travel back, so that the table itself, much larger than
