@@ -163,7 +163,7 @@ class _Keys:
             raise self.wrong(key, "which is not a positive whole number: correct it")
         return value
 
-    def number(self, key: str, default: float | None = None, optional: bool = False) -> float | None:
+    def number(self, key: str, default: int | float | None = None, optional: bool = False) -> float | None:
         """A positive number; with `optional`, null means that there is none and not that the key is missing."""
         if optional and self.read(key, default) is None:
             return None

@@ -1,0 +1,81 @@
+"""Writes tests/fixtures: tiny models with random weights, and the logits that transformers computes from them.
+
+Run by hand, in an environment with torch and transformers (the numbers stored were made with torch 2.13.0 and
+transformers 5.23.0): `python tests/make_fixtures.py`. All sizes differ, so that no two axes can be confused; weights and
+settings are such that every switch moves the logits (test_models.py asserts it). Weights are stored in bfloat16 and
+computed with in float32.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SIZES = dict(
+    vocab_size=58,
+    hidden_size=24,
+    intermediate_size=34,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+LLAMA3 = dict(
+    rms_norm_eps=1e-5,
+    rope_parameters=dict(
+        rope_type="llama3",
+        rope_theta=100.0,
+        factor=8.0,
+        low_freq_factor=0.3,
+        high_freq_factor=2.0,
+        original_max_position_embeddings=16,
+    ),
+)
+GEMMA2 = dict(
+    rms_norm_eps=1e-6,
+    rope_parameters=dict(rope_type="default", rope_theta=100.0),
+    query_pre_attn_scalar=7,
+    sliding_window=3,
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
+)
+MODELS = {
+    "llama3": LlamaConfig(**SIZES, **LLAMA3, tie_word_embeddings=False),
+    "llama3_tied": LlamaConfig(**SIZES, **LLAMA3, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**SIZES, **GEMMA2, tie_word_embeddings=True),
+    "gemma2_untied": Gemma2Config(**SIZES, **GEMMA2, tie_word_embeddings=False),
+}
+
+
+def main() -> None:
+    for seed, (name, config) in enumerate(MODELS.items()):
+        torch.manual_seed(seed)
+        # Gemma 2's scores and logits must be large enough for its soft-caps; those of Llama, which nothing bounds, small
+        # enough for float32: with 1.5 transformers itself is off by 1.7e-5 against float64.
+        scale = 1.0 if config.model_type == "llama" else 1.5
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, scale / parameter.shape[1] ** 0.5)
+                else:
+                    parameter.add_(0.3 * torch.randn(parameter.shape))
+                parameter.copy_(parameter.bfloat16())
+            tokens = torch.randint(config.vocab_size, (2, 11))
+            logits = model(tokens).logits
+        folder = FIXTURES / name
+        shutil.rmtree(folder, ignore_errors=True)
+        # In several files, with an index, for one of them.
+        model.bfloat16().save_pretrained(folder, max_shard_size="20KB" if name == "llama3_tied" else "1GB")
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        np.savez(folder / "logits.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The models against logits that transformers computed (tests/fixtures, see make_fixtures.py), and switch by switch."""
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from minalm import hf, layers, sharding
+from minalm.model import Transformer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FLOAT32 = jnp.dtype(jnp.float32)
+NAMES = ("llama3", "llama3_tied", "gemma2", "gemma2_untied")
+
+
+@cache
+def load(name: str) -> tuple[Transformer, np.ndarray, np.ndarray]:
+    """Model, tokens [2, 11], logits of transformers."""
+    stored = np.load(FIXTURES / name / "logits.npz")
+    return jax.tree.map(jnp.asarray, hf.load(FIXTURES / name, np.float32)), stored["tokens"], stored["logits"]
+
+
+def compute(model: Transformer, tokens: np.ndarray, fsdp: int = 1, tp: int = 1, remat: str = "none") -> np.ndarray:
+    """Logits [batch, time, vocab] in float32."""
+    mesh = sharding.make_mesh(fsdp, tp)
+
+    def run(model, tokens):
+        x, _ = model.trunk(tokens, None, None, FLOAT32, remat)
+        table = sharding.gather_channels(model.unembedding, FLOAT32)
+        logits = jnp.einsum("bte,ve->btv", model.finish(x), table)
+        return layers.softcap(logits, model.config.final_softcap)
+
+    specs = sharding.specs(model, mesh)
+    run = jax.shard_map(run, mesh=mesh, in_specs=(specs, sharding.ROWS), out_specs=P("fsdp", None, "tp"))
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(run)(sharding.place(model, mesh), tokens))
+
+
+def change(model: Transformer, **settings) -> Transformer:
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name):
+    model, tokens, expected = load(name)
+    assert expected.std() > 0.5 and model.config.tied == (name in ("llama3_tied", "gemma2"))
+    np.testing.assert_allclose(compute(model, tokens), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("llama3", "gemma2"))
+@pytest.mark.parametrize("fsdp, tp", ((2, 1), (1, 2), (2, 2)))
+def test_logits_on_a_mesh(name, fsdp, tp):
+    model, tokens, expected = load(name)
+    np.testing.assert_allclose(compute(model, tokens, fsdp, tp), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ("dots", "full"))
+def test_rematerialisation_does_not_change_the_logits(remat):
+    model, tokens, expected = load("gemma2")
+    np.testing.assert_allclose(compute(model, tokens, remat=remat), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    (
+        ("llama3", dict(rope_scaling=None)),
+        ("llama3", dict(rope_theta=10_000.0)),
+        ("llama3", dict(query_scale=1 / 24**0.5)),
+        ("llama3", dict(norm_eps=1e-2)),
+        ("llama3", dict(norm_plus_one=True)),
+        ("llama3", dict(activation="gelu_tanh")),
+        ("llama3", dict(embedding_scale=24**0.5)),
+        ("llama3", dict(windows=(3, None, 3))),
+        ("gemma2", dict(rope_theta=10_000.0)),
+        ("gemma2", dict(query_scale=None)),
+        ("gemma2", dict(attention_softcap=None)),
+        ("gemma2", dict(final_softcap=None)),
+        ("gemma2", dict(norm_plus_one=False)),
+        ("gemma2", dict(activation="silu")),
+        ("gemma2", dict(embedding_scale=1.0)),
+        ("gemma2", dict(windows=(None, None, None))),
+        ("gemma2", dict(windows=(None, 3, None))),
+        ("gemma2", dict(windows=(3, None, 4))),  # one too wide, in the last block
+        ("gemma2", dict(windows=(4, None, 3))),  # and in the first
+    ),
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_every_setting_moves_the_logits(name, settings):
+    model, tokens, expected = load(name)
+    assert np.abs(compute(change(model, **settings), tokens) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("part", ("blocks", "last"))
+@pytest.mark.parametrize("norm", ("attention_post_norm", "mlp_post_norm"))
+def test_post_norms_move_the_logits(part, norm):
+    model, tokens, expected = load("gemma2")
+    without = eqx.tree_at(lambda model: getattr(getattr(model, part), norm), model, None)
+    assert np.abs(compute(without, tokens) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("scaling", ("factor", "low_freq_factor", "high_freq_factor", "original_length"))
+def test_each_number_of_rope_scaling_moves_the_logits(scaling):
+    model, tokens, expected = load("llama3")
+    old = model.config.rope_scaling
+    changed = dataclasses.replace(old, **{scaling: 2 * getattr(old, scaling)})
+    assert np.abs(compute(change(model, rope_scaling=changed), tokens) - expected).max() > 1e-2
+
+
+def test_rope_scaling_in_its_three_bands():
+    """Against the definition of the Llama 3.1 release: by wavelength, and a straight line in between."""
+    config = load("llama3")[0].config
+    scaling = config.rope_scaling
+    bands = set()
+    for channel, found in enumerate(config.inverse_frequencies()):
+        frequency = config.rope_theta ** (-2 * channel / config.head_dim)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < scaling.original_length / scaling.high_freq_factor:
+            expected, band = frequency, "kept"
+        elif wavelength > scaling.original_length / scaling.low_freq_factor:
+            expected, band = frequency / scaling.factor, "stretched"
+        else:
+            share = (scaling.original_length / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            expected, band = (1 - share) * frequency / scaling.factor + share * frequency, "between"
+        bands.add(band)
+        assert found == pytest.approx(expected, rel=1e-6)
+    assert bands == {"kept", "between", "stretched"}
+
+
+@pytest.mark.parametrize(
+    "name, windows, reach",
+    (("llama3", (None, None, None), 11), ("gemma2_untied", (3, None, 3), 11), ("gemma2_untied", (3, 2, 3), 6)),
+)
+def test_a_position_depends_on_those_it_may_see_and_on_no_other(name, windows, reach):
+    """By gradient. Three layers of windows 3, 2, 3 see 1 + 2 + 1 + 2 positions."""
+    model = change(load(name)[0], windows=windows)
+    mesh = sharding.make_mesh(1, 1)
+    tokens = jnp.arange(20, 31)[None]  # all differ: row 20 + i of the table is position i's alone
+
+    def state(embed, model, position):
+        model = eqx.tree_at(lambda model: model.embed, model, embed)
+        x, _ = model.trunk(tokens, None, None, FLOAT32)
+        return jnp.sum(model.finish(x)[0, position] * jnp.arange(1.0, 25.0))
+
+    specs = sharding.specs(model, mesh)
+    gradient = jax.shard_map(
+        jax.vmap(jax.grad(state), in_axes=(None, None, 0)),
+        mesh=mesh,
+        in_specs=(specs.embed, specs, P()),
+        out_specs=P(None, *specs.embed),
+    )
+    found = np.abs(jax.jit(gradient)(model.embed, model, jnp.arange(11))[:, 20:31]).max(-1) > 0
+    distance = np.arange(11)[:, None] - np.arange(11)
+    np.testing.assert_array_equal(found, (distance >= 0) & (distance < reach))
+
+
+@pytest.mark.parametrize(
+    "window, start, picture",
+    (
+        (10**9, 0, "#..... ##.... ###... ####.. #####. ######"),
+        (3, 0, "#..... ##.... ###... .###.. ..###. ...###"),
+        (1, 0, "#..... .#.... ..#... ...#.. ....#. .....#"),
+        (2, 3, "..##.. ...##. ....##"),  # queries at positions 3, 4, 5 of a cache
+    ),
+)
+def test_what_a_query_sees(window, start, picture):
+    rows = picture.split()
+    q = jax.random.normal(jax.random.key(0), (1, len(rows), 1, 6))
+    k = jax.random.normal(jax.random.key(1), (1, 6, 1, 6))
+    one_hot = jnp.eye(6)[None, :, None]
+    positions = start + jnp.arange(len(rows))[None]
+    weights = np.asarray(layers.attend(q, k, one_hot, positions, jnp.array(window), 1.0, None))[0, :, 0]
+    assert ["".join(".#"[int(weight > 0)] for weight in row) for row in weights] == rows
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+def test_attention_against_loops():
+    random = np.random.default_rng(0)
+    q, k, v = (random.normal(size=(2, 7, heads, 4)) for heads in (6, 2, 2))
+    expected = np.zeros_like(q)
+    for row in range(2):
+        for time in range(7):
+            for head in range(6):
+                seen = range(max(0, time - 2), time + 1)
+                scores = np.array([0.7 * q[row, time, head] @ k[row, key, head // 3] for key in seen])
+                weights = np.exp(1.5 * np.tanh(scores / 1.5))
+                expected[row, time, head] = sum(
+                    weight * v[row, key, head // 3] for weight, key in zip(weights / weights.sum(), seen)
+                )
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    with jax.default_matmul_precision("highest"):
+        found = layers.attend(q, k, v, jnp.arange(7)[None], jnp.array(3), 0.7, 1.5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_rope_against_loops():
+    """Channel pair (i, i + half) as a complex number, turned by position * frequency."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 5, 3, 8)).astype(np.float32)
+    positions = random.integers(0, 50, (2, 5)).astype(np.int32)
+    frequencies = np.array([1.0, 0.3, 0.1, 0.02], np.float32)
+    expected = np.zeros_like(x)
+    for row, time, head, pair in np.ndindex(2, 5, 3, 4):
+        angle = float(positions[row, time]) * float(frequencies[pair])
+        turned = complex(x[row, time, head, pair], x[row, time, head, pair + 4]) * np.exp(1j * angle)
+        expected[row, time, head, pair], expected[row, time, head, pair + 4] = turned.real, turned.imag
+    np.testing.assert_allclose(layers.rope(jnp.asarray(x), jnp.asarray(positions), frequencies), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("plus_one", (False, True))
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_rms_norm_against_loops(plus_one, dtype):
+    random = np.random.default_rng(0)
+    x, weight = (jnp.asarray(3 * random.normal(size=size), dtype) for size in ((2, 3, 6), (6,)))
+    found = layers.rms_norm(x, weight, 0.1, plus_one)
+    assert found.dtype == dtype
+    for row, time in np.ndindex(2, 3):
+        values = [float(value) for value in x[row, time]]
+        root = (sum(value * value for value in values) / 6 + 0.1) ** 0.5
+        expected = [value / root * (float(w) + plus_one) for value, w in zip(values, weight)]
+        rtol = 1e-6 if dtype == jnp.float32 else 2**-8  # float32 inside: one rounding at the end
+        np.testing.assert_allclose(found[row, time].astype(jnp.float32), expected, rtol=rtol)
+
+
+def test_softcap():
+    x = jnp.array([-1e3, -1.0, 0.0, 0.5, 1e3])
+    np.testing.assert_allclose(layers.softcap(x, 2.0), 2 * np.tanh(np.asarray(x) / 2), rtol=1e-6)
+    assert layers.softcap(x, None) is x
