@@ -86,7 +86,7 @@ class Corpus:
             file.seek(offset)
             return _span(_parse(file.read(length), self.mask_prompt), start, stop)
 
-    def order(self, seed: int, step: int, size: int) -> Int64[np.ndarray, "size"]:
+    def order(self, seed: int, step: int, size: int) -> Int64[np.ndarray, " size"]:
         """Indices of the pieces that make up batch `step`: a function of the arguments and of `len(self)` only.
 
         Row r is row g = step * size + r of the run: place g % len(self) of epoch g // len(self). The order of an
@@ -99,7 +99,7 @@ class Corpus:
 
     def batch(self, seed: int, step: int, size: int) -> list[Piece]:
         """The `size` pieces of batch `step`, see `order`."""
-        return [self.piece(index) for index in self.order(seed, step, size)]
+        return [self.piece(index) for index in self.order(seed, step, size).tolist()]
 
 
 def read_corpus(paths: Sequence[Path], limit: int, mask_prompt: bool = False) -> Corpus:
@@ -134,8 +134,8 @@ def text_corpus(texts: Iterable[str], limit: int) -> Corpus:
 
 
 def permute(
-    place: Integer[np.ndarray, "rows"], size: int, key: UInt64[np.ndarray, "rows"]
-) -> Int64[np.ndarray, "rows"]:
+    place: Integer[np.ndarray, " rows"], size: int, key: UInt64[np.ndarray, " rows"]
+) -> Int64[np.ndarray, " rows"]:
     """Where the permutation of range(`size`) named by each row's key sends `place`: the same on every machine.
 
     A balanced Feistel network over the smallest even number of bits that hold `size`, walked along its cycle until the
@@ -155,7 +155,7 @@ def permute(
     return value.astype(np.int64)
 
 
-def _mix(x: UInt64[np.ndarray, "rows"]) -> UInt64[np.ndarray, "rows"]:
+def _mix(x: UInt64[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
     """The output of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

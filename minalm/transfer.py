@@ -16,8 +16,8 @@ class TransferPlan:
     """Which old rows each new row is the mean of. One plan serves the input and the output table of a model."""
 
     old_size: int  # ids of the old vocabulary; a table may have more rows, which mean nothing
-    old_ids: Int64[np.ndarray, "entries"]
-    start: Int64[np.ndarray, "new+1"]  # new id i is the mean of old_ids[start[i]:start[i + 1]]; of none: it is drawn
+    old_ids: Int64[np.ndarray, " entries"]
+    start: Int64[np.ndarray, " starts"]  # new id i is the mean of old_ids[start[i]:start[i + 1]]; of none: it is drawn
 
     @property
     def copied(self) -> int:

@@ -55,6 +55,7 @@ def joined(pieces: list[Piece]) -> list[Segment]:
 
 
 @given(documents=st.lists(texts, min_size=1, max_size=5), limit=limits)
+@settings(deadline=None)
 def test_pieces_of_plain_text_spell_it_and_fit(documents: list[str], limit: int) -> None:
     documents = [*documents, "x"]
     corpus = text_corpus(documents, limit)
@@ -205,6 +206,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path, name: str) -> None:
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@settings(deadline=None)
 def test_permutation_is_a_bijection(size: int, key: int) -> None:
     places = permute(np.arange(size), size, np.full(size, key, np.uint64))
     assert np.array_equal(np.sort(places), np.arange(size))

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -140,6 +140,7 @@ plans = st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=1
 
 
 @given(rows=plans, block=st.integers(1, 5), padding=st.integers(0, 3))
+@settings(deadline=None)
 def test_rows_are_means(rows: list[list[int]], block: int, padding: int) -> None:
     table = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
     start = np.cumsum([0, *map(len, rows)])
