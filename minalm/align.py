@@ -24,7 +24,7 @@ def align(student: Encoding, teacher: Encoding) -> Alignment:
     for which the other side has none, and tokens after the last common end.
     """
     student_kept, teacher_kept = _kept(student, teacher), _kept(teacher, student)
-    size = 1 + max(student.ends.max(initial=-1), teacher.ends.max(initial=-1))
+    size = 2 + max(student.ends.max(initial=-1), teacher.ends.max(initial=-1))
     common = _places(student, student_kept, size) & _places(teacher, teacher_kept, size)
     student_chunk, student_close = _chunks(student, student_kept, common)
     teacher_chunk, teacher_close = _chunks(teacher, teacher_kept, common)
@@ -39,16 +39,17 @@ def _kept(one: Encoding, other: Encoding) -> Bool[np.ndarray, " time"]:
 
 
 def _places(side: Encoding, kept: Bool[np.ndarray, " time"], size: int) -> Bool[np.ndarray, " axis"]:
-    """Where on the axis of `Encoding.ends` a kept token ends."""
+    """Where on the axis of `Encoding.ends` a kept token ends. The last place, which is that of -1, is False."""
     places = np.zeros(size, bool)
-    places[side.ends[kept & (side.ends >= 0)]] = True
+    places[side.ends[kept]] = True
+    places[-1] = False
     return places
 
 
 def _chunks(
     side: Encoding, kept: Bool[np.ndarray, " time"], common: Bool[np.ndarray, " axis"]
 ) -> tuple[Int32[np.ndarray, " time"], Int64[np.ndarray, " chunk"]]:
-    closes = kept & (side.ends >= 0) & common[side.ends]
+    closes = kept & common[side.ends]
     chunk = np.cumsum(closes, dtype=np.int32) - closes
     close = np.flatnonzero(closes)
     chunk[~kept | (chunk == len(close))] = -1
