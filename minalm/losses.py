@@ -249,3 +249,12 @@ def loss_terms(
         counted = (batch.chunks.student_close >= 0) & (batch.chunks.teacher_close >= 0)
         terms["latents"] = latents(student_states, teacher_states, counted, config.latents_norm)
     return jnp.stack([terms[name] for name in config.names])
+
+
+def bits_per_byte(
+    logp: Float32[Array, "batch time"], chunk: Int[Array, "batch time"], text_bytes: Int[Array, "batch chunk"]
+) -> Float32[Array, ""]:
+    """-log2 p of the text in chunks over its UTF-8 bytes; control tokens count in neither."""
+    nats = -jnp.where(text_bytes > 0, sum_by(logp, chunk, text_bytes.shape[1]), 0.0)
+    count = rows_sum(jnp.sum(text_bytes)).astype(jnp.float32)
+    return rows_sum(jnp.sum(nats)) / jnp.maximum(count, 1.0) / math.log(2.0)

@@ -46,7 +46,7 @@ def _layouts(tree: PyTree) -> PyTree:
     def layout_of(path, leaf):
         owner = tree
         for key in path[:-1]:
-            owner = getattr(owner, key.name)
+            owner = owner[key.idx] if isinstance(key, jax.tree_util.SequenceKey) else getattr(owner, key.name)
         declared = {field.name: field for field in dataclasses.fields(owner)}[path[-1].name].metadata["layout"]
         return P(*(None,) * (leaf.ndim - len(declared)), *declared)
 

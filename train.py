@@ -1,0 +1,604 @@
+"""Train a language model on another tokenizer by approximate likelihood matching (ALM).
+
+    python train.py                                    # quickstart: a small subword model becomes byte-level, on a laptop
+    python train.py quickstart --losses.latents 1      # every setting is a flag; `python train.py quickstart --help`
+    python train.py smollm2-135m-byte --teacher SmolLM2-135M-Instruct --data chats.jsonl
+    python train.py gemma2-2b-it-byte --data tulu3.jsonl --out runs/gemma --resume
+
+Read it from top to bottom: the settings, the step, the run. The arithmetic is in minalm/ (see ARCHITECTURE.md).
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+import yaml
+from jax.sharding import Mesh
+
+from minalm import checkpoint, data, head, hf, losses, report
+from minalm.evaluate import measure
+from minalm.generate import generate
+from minalm.gradmag import balanced_grad
+from minalm.losses import LossConfig
+from minalm.model import ModelConfig, Remat, Transformer, initialize, pick
+from minalm.ngrams import LongestSuffix, longest_suffix
+from minalm.sharding import ROWS, P, make_mesh, place, place_rows, shardings, specs
+from minalm.stdlib_text import stdlib_documents
+from minalm.student import save, student_from_teacher
+from minalm.text import Control, Corpus, InputError, Piece, Segment, read_corpus, text_corpus
+from minalm.transfer import plan_transfer
+from minalm.types import Batch, Tokens, TokenStats
+from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
+
+HERE = Path(__file__).parent
+ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged."""
+
+    fsdp: int | None = None
+    """Devices that divide the rows of a batch and the storage of parameters. Default: all that --mesh.tp leaves."""
+    tp: int = 1
+    """Devices that divide heads, MLP and vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    out: Path
+    """Folder of the run: config.yaml, metrics.jsonl, summary.json, checkpoints/, and hf/ with the student."""
+    steps: int
+    """Updates of the student; the learning rate falls to 0 at the last."""
+
+    teacher: Path | None = None
+    """Hugging Face folder of the teacher, which is also where the student starts from. Without one (a pretraining run)
+    only sft is possible."""
+    student_tokenizer: Path | Literal["bytes"] = "bytes"
+    """What the student reads: bytes, or a tokenizer.json (or its folder)."""
+    student_weights: Literal["transfer", "random"] = "transfer"
+    """Start from the teacher's weights, or (a control) from random ones of the same shape."""
+    expansion: bool = True
+    """Byte students: add to each byte's embedding the teacher's of the longest of its tokens that ends there."""
+    train_expansion: bool = False
+    """Train the expansion table too. By default it stays as the teacher's embedding table is."""
+    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = None  # of a run without a teacher
+
+    data: tuple[Path, ...] = ()
+    """Training text: .txt and .jsonl files (`text` or `messages`), or folders of them."""
+    held_out: tuple[Path, ...] = ()
+    """Text for the evaluation at both ends of the run, in the same forms."""
+    stdlib: bool = False
+    """Where --data or --held-out name no files: the sources of Python's standard library, split by a hash of their paths."""
+    stdlib_fraction: float = 1.0
+    """Share of the standard library's training documents that the student sees."""
+    mask_prompt: bool = False
+    """Chats: only the assistant's turns count in the losses."""
+    piece_bytes: int = 2048
+    """Documents are cut into pieces of at most this many bytes, one a row."""
+    student_length: int = 2048
+    """Tokens of a row, student's side. What is longer is cut off."""
+    teacher_length: int = 512
+    """Tokens of a row, teacher's side. What is longer is cut off."""
+    batch_size: int = 32
+    """Rows of a step, over all devices."""
+    evaluation_rows: int = 256
+    """Rows of held-out text that are evaluated."""
+
+    losses: LossConfig = LossConfig()
+    learning_rate: float = 3e-5
+    """The highest learning rate of AdamW."""
+    warmup_steps: int = 2000
+    """Steps over which the learning rate rises from 0."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean square."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on all trained parameters."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; what is longer is scaled down to it."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Numbers in the models' forward and backward passes. Trained parameters and losses are float32 in any case."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing, all but matrix products, or all of a layer."""
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    """Of the order of the text, of whatever weights are drawn, and of the samples."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_interval: int = 1000
+    """Steps between checkpoints; the newest two are kept."""
+    samples: int = 3
+    """Held-out texts that the student continues at the end."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out."""
+    overwrite: bool = False
+    """Remove the run that is in --out."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "student_length", "teacher_length", "log_interval", "save_interval"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
+        if self.resume and self.overwrite:
+            raise InputError("--resume goes on with a run and --overwrite removes it: choose one")
+        if self.warmup_steps > self.steps:
+            raise InputError(f"--warmup-steps {self.warmup_steps} is more than --steps {self.steps}: make it smaller")
+        if self.teacher is None:
+            if self.losses.needs_teacher:
+                raise InputError("alm and latents need a teacher: give --teacher, or --losses.alm 0 --losses.latents 0")
+            if self.architecture is None:
+                raise InputError("there is no model to start from: name a Hugging Face folder with --teacher")
+            if self.student_tokenizer == "bytes":
+                raise InputError("without a teacher there is no tokenizer: name one with --student-tokenizer")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+HEADLINE = dict(  # what both published byte models were trained with
+    steps=20_000,
+    losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
+    mesh=MeshConfig(fsdp=4, tp=4),
+    remat="dots",
+)
+PRESETS: dict[str, tuple[str, Config]] = {
+    "quickstart": (
+        "A 1.3 M parameter subword model becomes byte-level on the text of Python's own library: minutes on 2 CPU cores.",
+        Config(
+            out=Path("runs/quickstart"),
+            teacher=HERE / "quickstart_teacher",
+            stdlib=True,
+            stdlib_fraction=0.05,
+            steps=600,
+            batch_size=16,
+            piece_bytes=384,
+            student_length=384,
+            teacher_length=128,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            compute_dtype="float32",
+            save_interval=200,
+            seed=0,
+        ),
+    ),
+    "quickstart-teacher": (
+        "Pretrains the quickstart's teacher: next-token prediction alone, from random weights.",
+        Config(
+            out=Path("runs/quickstart-teacher"),
+            architecture=ModelConfig(
+                vocab_size=4096,
+                embed=128,
+                mlp=384,
+                layers=4,
+                heads=2,
+                kv_heads=1,
+                head_dim=64,
+                windows=(None,) * 4,
+            ),
+            student_tokenizer=Path("runs/quickstart-tokenizer"),
+            losses=LossConfig(alm=0.0, balance="fixed"),
+            stdlib=True,
+            steps=5_000,
+            batch_size=16,
+            piece_bytes=448,
+            student_length=128,
+            learning_rate=4e-3,
+            warmup_steps=100,
+            clip_norm=1.0,
+            compute_dtype="float32",
+        ),
+    ),
+    "gemma2-2b-it-byte": (
+        "Gemma 2 2B IT becomes byte-level, as published. Give --data, and the model's folder if it is elsewhere.",
+        Config(out=Path("runs/gemma2-2b-it-byte"), teacher=Path("gemma-2-2b-it"), **HEADLINE),
+    ),
+    "llama3.2-3b-it-byte": (
+        "Llama 3.2 3B Instruct becomes byte-level, as published. Give --data, and the model's folder if it is elsewhere.",
+        Config(out=Path("runs/llama3.2-3b-it-byte"), teacher=Path("Llama-3.2-3B-Instruct"), **HEADLINE),
+    ),
+    "smollm2-135m-byte": (
+        "SmolLM2 135M Instruct becomes byte-level on one device. Give --data, and the model's folder if it is elsewhere.",
+        Config(
+            out=Path("runs/smollm2-135m-byte"),
+            teacher=Path("SmolLM2-135M-Instruct"),
+            steps=2_000,
+            batch_size=8,
+            piece_bytes=1024,
+            student_length=1024,
+            teacher_length=256,
+            losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
+            learning_rate=1e-4,
+            warmup_steps=100,
+        ),
+    ),
+}
+
+# --- the step -----------------------------------------------------------------------------------------------------
+
+
+class State(eqx.Module):
+    """What training changes. `student` holds the trained parameters only; None stands where one is frozen."""
+
+    student: Transformer
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+class Fixed(eqx.Module):
+    """What the step reads and does not change."""
+
+    student: Transformer  # the frozen parameters only; None stands where one is trained
+    teacher: Transformer | None
+    student_entries: head.Entries
+    teacher_entries: head.Entries | None
+
+
+def finish(
+    config: Config,
+    model: Transformer,
+    entries: head.Entries,
+    tokens: Tokens,
+    close: jax.Array,
+    trunk_output: tuple[jax.Array, jax.Array | None],
+) -> tuple[TokenStats, jax.Array | None]:
+    """From the trunk's output to what the losses read: token statistics, and the hidden states at the chunk ends."""
+    x, states = trunk_output
+    hidden = model.finish(x)
+    stats = head.token_stats(hidden, tokens.targets, model.unembedding, entries, model.config.final_softcap)
+    if config.losses.latents:
+        last = pick(hidden, close)[None]
+        states = last if states is None else jnp.concatenate([states, last])
+    return stats, states
+
+
+def gradients(
+    config: Config, student: Transformer, fixed: Fixed, batch: Batch
+) -> tuple[Transformer, dict[str, jax.Array]]:
+    """The gradient of the balanced losses over the whole batch, and what to log. Runs inside shard_map."""
+    dtype = jnp.dtype(config.compute_dtype)
+    chunks = batch.chunks
+    all_layers = config.losses.latents > 0 and config.losses.latents_layers == "all"
+
+    def trunk(model: Transformer, tokens: Tokens, close):
+        return model.trunk(tokens.inputs, tokens.ngram, close if all_layers else None, dtype, config.remat)
+
+    teacher_stats = teacher_states = None
+    if config.losses.needs_teacher:
+        output = trunk(fixed.teacher, batch.teacher, chunks.teacher_close)
+        teacher_stats, teacher_states = finish(
+            config, fixed.teacher, fixed.teacher_entries, batch.teacher, chunks.teacher_close, output
+        )
+
+    def student_trunk(student):
+        return trunk(eqx.combine(student, fixed.student), batch.student, chunks.student_close)
+
+    def student_tail(student, output):
+        model = eqx.combine(student, fixed.student)
+        stats, states = finish(config, model, fixed.student_entries, batch.student, chunks.student_close, output)
+        return losses.loss_terms(config.losses, batch, stats, teacher_stats, states, teacher_states), stats
+
+    grad, values, weights, stats = balanced_grad(student_trunk, student_tail, student, config.losses)
+    metrics = {f"loss/{name}": value for name, value in zip(config.losses.names, values)}
+    metrics |= {f"weight/{name}": weight for name, weight in zip(config.losses.names, weights)}
+    metrics["bits_per_byte"] = losses.bits_per_byte(stats.logp, chunks.student_chunk, chunks.text_bytes)
+    return grad, metrics
+
+
+def train_step(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, state: State, fixed: Fixed, batch: Batch
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update. optax runs here, outside shard_map, where a norm is the norm of the whole gradient."""
+    layout = specs(state.student, mesh)
+    grad, metrics = jax.shard_map(
+        functools.partial(gradients, config),
+        mesh=mesh,
+        in_specs=(layout, specs(fixed, mesh), jax.tree.map(lambda _: ROWS, batch)),
+        out_specs=(layout, P()),
+    )(state.student, fixed, batch)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and floats
+        updates, optimizer_state = optimizer.update(grad, state.optimizer, state.student)
+    student = optax.apply_updates(state.student, updates)
+    metrics["gradient_norm"] = optax.global_norm(grad)
+    return State(student, optimizer_state, state.step + 1), metrics
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW; the learning rate rises linearly from 0 and falls linearly to 0 at the last step."""
+    rate = learning_rate(config)
+    adamw = optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay)
+    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    fall = optax.linear_schedule(config.learning_rate, 0.0, config.steps - config.warmup_steps)
+    return optax.join_schedules([rise, fall], [config.warmup_steps])
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What comes from outside: texts, vocabularies and initial weights, all of it checked before a run begins."""
+
+    training: Corpus
+    held_out: Corpus | None
+    student_vocabulary: Vocabulary
+    teacher_vocabulary: Vocabulary | None
+    ngrams: LongestSuffix | None
+    student: Transformer
+    teacher: Transformer | None
+
+    def batch(self, config: Config, pieces: list[Piece]) -> tuple[Batch, int]:
+        lengths = config.student_length, config.teacher_length
+        return data.make_batch(pieces, self.student_vocabulary, self.teacher_vocabulary, self.ngrams, *lengths)
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Reads everything that a run needs; nothing is written before all of it is known to be good."""
+
+    def corpus(files: tuple[Path, ...], split: Literal["training", "held_out"]) -> Corpus | None:
+        if files:
+            return read_corpus(files, config.piece_bytes, config.mask_prompt)
+        if not config.stdlib:
+            return None
+        return text_corpus(
+            stdlib_documents(split, config.stdlib_fraction if split == "training" else 1.0), config.piece_bytes
+        )
+
+    training, held_out = corpus(config.data, "training"), corpus(config.held_out, "held_out")
+    if training is None:
+        raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
+    teacher = teacher_vocabulary = ngrams = None
+    if config.teacher is not None:
+        teacher_vocabulary = load_vocabulary(config.teacher)
+        teacher = hf.load(config.teacher, np.float32)
+    if config.student_tokenizer != "bytes":
+        vocabulary = load_vocabulary(config.student_tokenizer)
+        if teacher_vocabulary is not None:
+            vocabulary = with_control(vocabulary, teacher_vocabulary)
+    else:
+        vocabulary = byte_vocabulary(teacher_vocabulary)
+        if config.expansion:
+            ngrams = longest_suffix(teacher_vocabulary, vocabulary)
+
+    if teacher is None:
+        student = initialize(config.architecture, jax.random.key(config.seed))
+    else:
+        rows = -(-vocabulary.size // ROW_MULTIPLE) * ROW_MULTIPLE
+        tied = teacher.config.tied and config.student_tokenizer != "bytes"
+        plan = plan_transfer(teacher_vocabulary, vocabulary)
+        student = student_from_teacher(teacher, plan, ngrams is not None, tied, rows, config.seed)
+        if config.student_weights == "random":
+            student = initialize(student.config, jax.random.key(config.seed))
+    return Inputs(training, held_out, vocabulary, teacher_vocabulary, ngrams, student, teacher)
+
+
+def entries_of(vocabulary: Vocabulary, model: Transformer) -> head.Entries:
+    rows = model.config.vocab_size
+    return head.Entries(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
+
+
+def start_folder(config: Config) -> None:
+    """Makes the folder of the run and writes config.yaml. Raises InputError if it exists and nothing says what to do."""
+    out, file = config.out, config.out / "config.yaml"
+    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    if config.resume:
+        if not file.exists():
+            raise InputError(f"there is no run in {out} to go on with: start it without --resume")
+        before = yaml.safe_load(file.read_text())
+        free = ("resume", "overwrite", "mesh", "log_interval", "save_interval", "samples", "out")
+        changed = [key for key in plain if key not in free and plain[key] != before.get(key)]
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"{_flag(key)} is {plain[key]} but the run in {out} has {before.get(key)}: "
+                "give the same settings, or another --out"
+            )
+        return
+    if out.exists():
+        if not config.overwrite:
+            raise InputError(f"{out} exists: go on with --resume, replace it with --overwrite, or name another --out")
+        if not file.exists():
+            raise InputError(f"{out} is not a run of this program, so --overwrite leaves it alone: name another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a logged step. A run that goes on first drops what lies behind its checkpoint."""
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+        self.seconds_before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        path.write_text("".join(line + "\n" for line in kept))
+        self.path, self.start = path, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a --resume included."""
+        return self.seconds_before + time.monotonic() - self.start
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **metrics}) + "\n")
+
+
+def main(config: Config) -> None:
+    # 1. Everything that can be wrong is found here, before anything is written.
+    if not config.resume and not config.overwrite and config.out.exists():
+        start_folder(config)  # raises
+    fsdp = config.mesh.fsdp or max(1, jax.device_count() // config.mesh.tp)
+    mesh = make_mesh(fsdp, config.mesh.tp)
+    if config.batch_size % fsdp:
+        raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
+    inputs = load_inputs(config)
+    specs((inputs.student, inputs.teacher), mesh)  # raises if the mesh does not divide a parameter
+    start_folder(config)
+
+    # 2. Parameters on the mesh: trained ones in float32, frozen ones in the dtype they are used in.
+    dtype = jnp.dtype(config.compute_dtype)
+    trained = jax.tree.map(lambda _: True, inputs.student)
+    if inputs.student.expansion is not None and not config.train_expansion:
+        trained = eqx.tree_at(lambda model: model.expansion, trained, False)
+    student, frozen = eqx.partition(inputs.student, trained)
+    fixed = Fixed(
+        student=jax.tree.map(lambda leaf: leaf.astype(dtype), frozen),
+        teacher=jax.tree.map(lambda leaf: leaf.astype(dtype), inputs.teacher),
+        student_entries=entries_of(inputs.student_vocabulary, inputs.student),
+        teacher_entries=inputs.teacher and entries_of(inputs.teacher_vocabulary, inputs.teacher),
+    )
+    fixed, student = place(fixed, mesh), place(student, mesh)
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
+    optimizer_layout = optax.tree_map_params(
+        optimizer, lambda _, spec: spec, jax.eval_shape(optimizer.init, student), specs(student, mesh),
+        transform_non_params=lambda _: P(),
+    )
+    state = State(
+        student=student,
+        optimizer=jax.jit(optimizer.init, out_shardings=shardings(optimizer_layout, mesh))(student),
+        step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
+    )
+    step_function = jax.jit(functools.partial(train_step, config, optimizer, mesh), donate_argnums=0)
+    report.show_settings(config, {"student, trained": student, "student, frozen": frozen, "teacher": inputs.teacher})
+
+    # 3. Batches are a function of (seed, step).
+    dropped = 0
+
+    def batch_of(step: int) -> tuple[Batch, int]:
+        return inputs.batch(config, inputs.training.batch(config.seed, step, config.batch_size))
+
+    if inputs.teacher is not None:
+        report.show_alignment(batch_of(0)[0], inputs.student_vocabulary, inputs.teacher_vocabulary)
+
+    def evaluate(state: State) -> dict[str, float]:
+        rows = -(-config.evaluation_rows // config.batch_size)
+        batches = (inputs.batch(config, inputs.held_out.batch(0, i, config.batch_size))[0] for i in range(rows))
+        model = eqx.combine(state.student, fixed.student)
+        return measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
+
+    start = evaluate(state) if inputs.held_out else {}
+
+    # 4. Training. Step n is dispatched before the metrics of step n - 1 are fetched.
+    checkpoints = config.out / "checkpoints"
+    if config.resume and checkpoint.latest(checkpoints) is not None:
+        state = checkpoint.restore(checkpoints, state)
+    first = int(state.step)
+    log = MetricsFile(config.out / "metrics.jsonl", first)
+    batches = data.read_ahead(batch_of, first)
+    pending = None
+
+    def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not np.isfinite(list(values.values())).all():
+            raise InputError(
+                f"step {step} gave numbers that are not finite ({values}): lower --learning-rate or set --clip-norm, "
+                "and go on from the last checkpoint with --resume"
+            )
+        return values
+
+    with report.progress_bar() as bar:
+        task = bar.add_task("compiling", total=config.steps, completed=first)
+        for step in range(first, config.steps):
+            batch, left_out = next(batches)
+            dropped += left_out
+            state, metrics = step_function(state, fixed, place_rows(batch, mesh))
+            if pending is not None:
+                values = fetch(*pending)
+                bar.update(task, completed=step, description=report.progress_line(values))
+                if step % config.log_interval == 0:
+                    log.write(step, {**values, "learning_rate": float(schedule(step - 1)), "dropped": dropped})
+            pending = step + 1, metrics
+            if (step + 1) % config.save_interval == 0 or step + 1 == config.steps:
+                checkpoint.save(checkpoints, step + 1, state)
+        if pending is not None:
+            values = fetch(*pending)
+            bar.update(task, completed=config.steps, description=report.progress_line(values))
+            log.write(config.steps, {**values, "learning_rate": float(schedule(config.steps - 1)), "dropped": dropped})
+    batches.close()
+    seconds = log.seconds
+
+    # 5. The result: the student as a Hugging Face folder, a table, a few lines of its own, and summary.json last.
+    model = eqx.combine(state.student, fixed.student)
+    shutil.rmtree(config.out / "hf", ignore_errors=True)
+    save(
+        config.out / "hf",
+        jax.device_get(model),
+        inputs.student_vocabulary,
+        None if inputs.ngrams is None else inputs.teacher_vocabulary,
+        config.compute_dtype,
+        max_length=config.student_length,
+    )
+    bits = {"teacher": None, "student_start": None, "student_end": None}
+    agreement = dict(bits)
+    if inputs.held_out:
+        end = evaluate(state)
+        bits = {"teacher": start.get("teacher"), "student_start": start["student"], "student_end": end["student"]}
+        agreement = {"student_start": start.get("agreement"), "student_end": end.get("agreement")}
+        report.show_results(bits, agreement)
+    if inputs.held_out and config.samples:
+        show_samples(config, inputs, fixed, model, mesh)
+    if dropped:
+        report.console.print(f"{dropped} texts were left out: the two tokenizers do not spell them alike.")
+    summary = {"bits_per_byte": bits, "agreement": agreement, "steps": config.steps, "seconds": round(seconds, 1)}
+    (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report.console.print(f"The student is in {config.out / 'hf'}, the numbers are in {config.out / 'summary.json'}.")
+
+
+def show_samples(config: Config, inputs: Inputs, fixed: Fixed, model: Transformer, mesh: Mesh) -> None:
+    """The student continues the first bytes of some held-out pieces."""
+    texts = [
+        "".join(segment.content for segment in piece if isinstance(segment.content, str))[:120]
+        for piece in inputs.held_out.batch(1, 0, config.samples)
+    ]
+    pieces = [(Segment(Control("bos")), Segment(text)) for text in texts]
+    vocabulary = inputs.student_vocabulary
+    continued = generate(
+        model,
+        fixed.student_entries,
+        inputs.ngrams,
+        [encoding.ids for encoding in vocabulary.encode(pieces)],
+        new_tokens=160,
+        stop=vocabulary.eos_id,
+        mesh=mesh,
+        dtype=jnp.dtype(config.compute_dtype),
+        temperature=0.5,
+        seed=config.seed,
+    )
+    report.show_samples(texts, [vocabulary.decode(ids) for ids in continued])
+
+
+def cli(arguments: list[str]) -> None:
+    """`quickstart` is meant where no preset is named. Bad input ends the program with one sentence."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["quickstart", *arguments]
+    try:
+        main(tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog="train.py", description=__doc__))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])
