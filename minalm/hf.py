@@ -78,6 +78,7 @@ GEMMA2 = Family(
 )
 FAMILIES = (LLAMA, GEMMA2)
 
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}  # that tensors are stored in
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
@@ -391,7 +392,7 @@ def places(family: Family, config: ModelConfig) -> dict[str, Place]:
     for norm, field in family.norms.items():
         names[f"layers.{field}"] = (f"model.layers.{{}}.{norm}.weight", 0)
     result = {}
-    for leaf, array in _leaves(_abstract(config)).items():
+    for leaf, array in leaves(abstract(config)).items():
         part, _, field = leaf.partition(".")
         if part == "blocks":
             name, inputs = names[f"layers.{field}"]
@@ -429,8 +430,7 @@ def load(folder: Path, dtype: DTypeLike) -> Transformer:
             f"{folder} holds the tensor {unexpected[0]}, which this architecture does not have: "
             "take config.json and tensors from the same model"
         )
-    abstract = _abstract(config)
-    arrays = {leaf: np.empty(array.shape, dtype) for leaf, array in _leaves(abstract).items()}
+    arrays = {leaf: np.empty(array.shape, dtype) for leaf, array in leaves(abstract(config)).items()}
     for file in files:
         with safe_open(file, framework="numpy") as tensors:
             for name in files[file]:
@@ -441,7 +441,7 @@ def load(folder: Path, dtype: DTypeLike) -> Transformer:
                     target[...] = place.from_stored(tensor)
     if tied_twice:
         _check_equal(folder, files, "model.embed_tokens.weight", "lm_head.weight")
-    return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
+    return from_leaves(config, arrays)
 
 
 def save(
@@ -469,15 +469,14 @@ def save(
     )
     values = {**(keys or {}), **write_config(config, dtype)}
     family, _ = _config(str(folder / "config.json"), values)  # refuses `keys` that could not be read back
-    stored_type = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[dtype]
-    arrays = {leaf: np.asarray(array) for leaf, array in _leaves(model).items()}
+    arrays = {leaf: np.asarray(array) for leaf, array in leaves(model).items()}
     tensors = {}
     for name, place in places(family, config).items():
         array = arrays[place.leaf]
         array = array[: place.shape[0]] if place.layer is None else array[place.layer]
         if array.shape != place.shape:
             raise ValueError(f"{place.leaf} has the shape {array.shape}, not {place.shape}")
-        tensors[name] = np.ascontiguousarray(place.to_stored(array).astype(stored_type))
+        tensors[name] = np.ascontiguousarray(place.to_stored(array).astype(DTYPES[dtype]))
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir()
@@ -495,15 +494,25 @@ def save(
         raise
 
 
-def _abstract(config: ModelConfig) -> Transformer:
+def leaves(model: Transformer) -> dict[str, Any]:
+    """Path of each array, for example "blocks.attention.q" -> the array, in the order of the tree."""
+    found, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
+
+
+def from_leaves(config: ModelConfig, arrays: Mapping[str, Any]) -> Transformer:
+    """The Transformer of this architecture that has these `leaves`."""
+    shapes = abstract(config)
+    wanted = {leaf: array.shape for leaf, array in leaves(shapes).items()}
+    given = {leaf: array.shape for leaf, array in arrays.items()}
+    if given != wanted:
+        raise ValueError(f"the arrays have the shapes {given} where the architecture has {wanted}")
+    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[leaf] for leaf in wanted])
+
+
+def abstract(config: ModelConfig) -> Transformer:
     """A Transformer of shapes."""
     return eqx.filter_eval_shape(initialize, config, jax.random.key(0))
-
-
-def _leaves(model: Transformer) -> dict[str, Any]:
-    """Path -> array, in the order of the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _tensor_files(folder: Path) -> dict[Path, list[str]]:

@@ -1,0 +1,187 @@
+"""A model on a new vocabulary: its tables, and its folder, which alone is enough to load, run and train it on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minalm import hf
+from minalm.model import Transformer
+from minalm.text import InputError
+from minalm.transfer import TransferPlan, transfer_rows
+from minalm.vocab import Vocabulary, load_vocabulary
+
+EXPANSION_TOKENIZER = "expansion_tokenizer.json"  # the tokenizer whose tokens the input expansion looks up
+
+
+def student_from_teacher(
+    teacher: Transformer, plan: TransferPlan, expansion: bool, tied: bool, rows: int, seed: int = 0
+) -> Transformer:
+    """The teacher with tables of `rows` rows for the vocabulary of the plan, all else its own (and not copied).
+
+    Input and output table are the plan's mix of the teacher's input and output table; `tied` uses the former for both.
+    With `expansion` the teacher's input table is added at input as it is: what a byte reads at first is its own row
+    plus that of the longest token which ends there. Host only: the leaves are numpy arrays. Raises InputError for an
+    expansion of what has one already.
+    """
+    if teacher.expansion is not None:
+        raise InputError(
+            "the model is a byte student with an input expansion: start from the model that it was made of"
+        )
+    if rows < len(plan.start) - 1:
+        raise ValueError(f"{rows} rows are not enough for {len(plan.start) - 1} tokens")
+    arrays = hf.leaves(teacher)
+    old_embed, old_unembed = arrays["embed"], arrays.get("unembed", arrays["embed"])
+    dtype = old_embed.dtype
+
+    def moved(table, seed):
+        return transfer_rows(plan, table.astype(np.float32), rows, seed).astype(dtype)
+
+    arrays["embed"] = moved(old_embed, seed)
+    arrays.pop("unembed", None)
+    if not tied:
+        arrays["unembed"] = moved(old_unembed, seed + 1)
+    if expansion:
+        arrays["expansion"] = old_embed
+    config = dataclasses.replace(
+        teacher.config, vocab_size=rows, tied=tied, expansion_size=len(old_embed) if expansion else None
+    )
+    return hf.from_leaves(config, arrays)
+
+
+def save(
+    folder: Path,
+    model: Transformer,
+    vocabulary: Vocabulary,
+    original: Vocabulary | None,
+    dtype: Literal["bfloat16", "float32"],
+    chat_template: str | None = None,
+    max_length: int | None = None,
+) -> None:
+    """Writes a model and its tokenizers as a new Hugging Face folder, without rows past the vocabulary.
+
+    `original` is the vocabulary of the input expansion, if the model has one; `max_length` is in tokens, and
+    informative. Raises InputError as `hf.save` does.
+    """
+    if (original is None) != (model.config.expansion_size is None):
+        raise ValueError("a model has an original vocabulary if it has an input expansion")
+    files: dict[str, bytes | dict[str, Any]] = {
+        "tokenizer.json": tokenizer_json(vocabulary),
+        "tokenizer_config.json": _tokenizer_config(vocabulary, chat_template, max_length),
+    }
+    if original is not None:
+        files[EXPANSION_TOKENIZER] = tokenizer_json(original)
+    ids = {part: _control_ids(vocabulary, part) for part in ("bos", "eos", "pad", "end_of_turn")}
+    stops = list(dict.fromkeys(ids["eos"][:1] + ids["end_of_turn"][:1]))  # generation ends at either
+    keys = {
+        "bos_token_id": ids["bos"][0] if ids["bos"] else None,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": ids["pad"][0] if ids["pad"] else None,
+    }
+    if max_length is not None:
+        keys["max_position_embeddings"] = max_length
+    hf.save(folder, model, dtype, vocabulary_size=vocabulary.size, keys=keys, files=files)
+
+
+def load_vocabularies(folder: Path) -> tuple[Vocabulary, Vocabulary | None]:
+    """The vocabulary of a model's folder, and that of its input expansion if it has one. Raises InputError."""
+    vocabulary = load_vocabulary(folder)
+    single = tuple(bytes([byte]) for byte in range(256))
+    if vocabulary.token_bytes[:256] == single and not any(vocabulary.token_bytes[256:]):
+        vocabulary = dataclasses.replace(vocabulary, tokenizer=None)  # plain bytes: no need to ask
+    original = folder / EXPANSION_TOKENIZER
+    return vocabulary, load_vocabulary(original) if original.exists() else None
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template in a model's folder: chat_template.jinja, or the default one of tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text("utf-8")
+    file = folder / "tokenizer_config.json"
+    template = json.loads(file.read_text("utf-8")).get("chat_template") if file.exists() else None
+    if isinstance(template, list):  # several, with names
+        template = {item["name"]: item["template"] for item in template}.get("default")
+    return template
+
+
+def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The tokenizer.json of a vocabulary, whose control tokens no text becomes unless a program asks for that.
+
+    Raises InputError where the format cannot give its tokens the ids that they have.
+    """
+    if vocabulary.tokenizer is None:
+        spec = _bytes_json()
+    else:
+        spec = json.loads(vocabulary.tokenizer.to_str())
+    present = {token["id"] for token in spec["added_tokens"]}
+    spec["added_tokens"] += [
+        {
+            "id": i,
+            "content": word,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for word, i in sorted(vocabulary.control.items(), key=lambda item: item[1])
+        if i not in present
+    ]
+    ids = Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
+    for word, i in vocabulary.control.items():
+        if ids.get(word) != i:
+            raise InputError(
+                f"{vocabulary.name}: a tokenizer.json cannot give {word!r} the id {i} (it becomes {ids.get(word)}): "
+                "use a tokenizer whose ids have no holes"
+            )
+    return spec
+
+
+def _bytes_json() -> dict[str, Any]:
+    """A byte-level BPE without merges: text becomes its UTF-8 bytes. Id b is byte b, written in GPT-2's alphabet."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {characters[byte]: byte for byte in range(256)},
+            "merges": [],
+        },
+    }
+
+
+def _tokenizer_config(vocabulary: Vocabulary, chat_template: str | None, max_length: int | None) -> dict[str, Any]:
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    words = {i: word for word, i in vocabulary.control.items()}
+    for part in ("bos", "eos", "pad"):
+        if ids := _control_ids(vocabulary, part):
+            config[f"{part}_token"] = words[ids[0]]
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    return config
+
+
+def _control_ids(vocabulary: Vocabulary, part: str) -> list[int]:
+    return [vocabulary.control[word] for word in vocabulary.template.get(part, ()) if word in vocabulary.control]
