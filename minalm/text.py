@@ -82,7 +82,7 @@ class Corpus:
                 raise InputError(f"{place} changed while it was in use: leave it as it is and start again")
             if place.suffix == ".txt":  # the document may be gigabytes: read no more than the piece
                 file.seek(start)
-                return _text_piece(file.read(min(stop, length) - start), ends=stop > length)
+                return _text_piece(file.read(stop - start), ends=stop > length)
             file.seek(offset)
             return _span(_parse(file.read(length), self.mask_prompt), start, stop)
 
@@ -339,7 +339,7 @@ def _stop(parts: _Parts, part: int, place: int, room: int) -> tuple[int, int] | 
                 line = part, found + 1
             if (found := content.rfind(b" ", half, high + 1)) >= 0:
                 space = part, found
-            if (found := _between_characters(content, max(place + 1, min(half, high - 3)), high)) is not None:
+            if (found := _between_characters(content, half, high)) is not None:
                 character = part, found
             spent += end - place
             if end < len(content):

@@ -109,12 +109,11 @@ def _is_fallback(vocabulary: Vocabulary, i: int) -> bool:
 
 
 def _in_template(word: str, old: Vocabulary, new: Vocabulary) -> list[int]:
-    """The old ids in the place of a new control token: the control token of its number in the part, else all of it."""
+    """What the old template has in the place of a new control token: its first control token, else all it has."""
     for part, words in new.template.items():
         if word in words and old.template.get(part):
-            number = [other for other in words if other in new.control].index(word)
-            there = [other for other in old.template[part] if other in old.control]
-            return [old.control[there[number]]] if number < len(there) else list(old.part_ids(part))
+            control = [old.control[other] for other in old.template[part] if other in old.control]
+            return control[:1] or list(old.part_ids(part))
     return []
 
 

@@ -66,6 +66,7 @@ def test_fractions_are_nested_shares(library: Path) -> None:
     assert 20 < len(shares[0]) < 60
     assert 150 < len(shares[1]) < 230
     assert set(shares[0]) < set(shares[1]) < set(shares[2])
+    assert 0 < len(stdlib_documents("held_out", 0.5)) < len(stdlib_documents("held_out"))
     with pytest.raises(InputError, match="no sources of the training split"):
         stdlib_documents("training", 0.0)
 

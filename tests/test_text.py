@@ -106,15 +106,36 @@ def _firsts(documents: np.ndarray) -> list[int]:
         ("aaaa bbbb cccc dddd eeee", "aaaa bbbb cccc dddd"),  # before a space there
         ("aaa\nbbb cccc dddd eeee", "aaa\nbbb cccc dddd"),  # a line break in the first half does not count,
         ("aa bbb\n" + "c" * 20, "aa bbb\n" + "c" * 13),  # nor does a space
+        ("a" * 9 + "\n" + "b" * 20, "a" * 9 + "\n"),  # the last half starts here
+        ("a" * 8 + "\n" + "b" * 20, "a" * 8 + "\n" + "b" * 11),
+        ("a" * 10 + " " + "b" * 20, "a" * 10),
+        ("a" * 9 + " " + "b" * 20, "a" * 9 + " " + "b" * 10),
+        ("a" * 19 + "\nb", "a" * 19 + "\n"),  # and ends here
+        ("a" * 15 + " " + "a" * 4 + " b", "a" * 15 + " " + "a" * 4),
         ("a" * 19 + "éaa", "a" * 19),  # not inside a character,
         ("a" * 18 + "e\u0301\u0302aa", "a" * 18),  # nor before what combines with the one before,
         ("a" * 12 + "👩\u200d👩aaa", "a" * 12),  # nor beside a joiner,
-        ("e" + "\u0301" * 20, "e" + "\u0301" * 9),  # unless there is no other place
+        ("be" + "\u0301" * 20, "be" + "\u0301" * 9),  # unless there is no other place in the last half
         ("a" * 20, "a" * 19),  # eos does not fit: the end of the text stays with it
     ],
 )
 def test_places_of_cuts(text: str, first: str) -> None:
     assert text_corpus([text], limit=CONTROL_BYTES + 20).piece(0) == (control("bos"), Segment(first))
+
+
+def test_a_full_window_is_one_piece() -> None:
+    assert len(text_corpus(["a" * 16], limit=CONTROL_BYTES + 20)) == 1
+    assert len(text_corpus(["a" * 17], limit=CONTROL_BYTES + 20)) == 2
+
+
+def test_files_are_cut_as_texts_in_memory(tmp_path: Path) -> None:
+    lines = "".join(f"{number}: Ж漢😀 and\r\n other words\n" for number in range(99))
+    (tmp_path / "lines.txt").write_bytes(lines.encode())
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": lines}))
+    corpora = [text_corpus([lines], 90), *(read_corpus([tmp_path / f"lines.{kind}"], 90) for kind in ("txt", "jsonl"))]
+    pieces = [[corpus.piece(index) for index in range(len(corpus))] for corpus in corpora]
+    assert len(pieces[0]) > 30
+    assert pieces[0] == pieces[1] == pieces[2]
 
 
 def test_a_turn_ends_a_piece(tmp_path: Path) -> None:
@@ -135,10 +156,11 @@ def test_files_of_folders_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes("vi\u00e8r\r\n".encode())
     (tmp_path / "b" / "empty.txt").touch()
     (tmp_path / "b" / "ignored.md").write_text("no")
+    (tmp_path / "a.txt").write_text("zero")
     corpus = read_corpus([tmp_path, tmp_path / "b.txt"], limit=100)
-    spelled = ["".join(content for content, _ in corpus.piece(i) if isinstance(content, str)) for i in range(5)]
-    assert spelled == ["one", "twö", "three", "vièr\r\n", "vièr\r\n"]
-    assert len(corpus) == 5
+    spelled = ["".join(content for content, _ in corpus.piece(i) if isinstance(content, str)) for i in range(6)]
+    assert spelled == ["zero", "one", "twö", "three", "vièr\r\n", "vièr\r\n"]
+    assert len(corpus) == 6
 
 
 def test_prompts_are_masked(tmp_path: Path) -> None:

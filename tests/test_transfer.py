@@ -112,6 +112,9 @@ def test_control_tokens_of_the_same_string_come_first(tmp_path: Path) -> None:
     assert (plan.copied, plan.averaged, plan.drawn) == (new.size, 0, 0)
     # The other way round the string is a control token in the old vocabulary, and text in the new one.
     assert sources(plan_transfer(new, old), new, old, b"<think>") == ["<think>"]
+    # Here it is both in both.
+    both = byte_level(tmp_path / "both", [b"<a b>"], ["<a b>"])
+    assert plan_transfer(both, both).old_ids.tolist() == list(range(256 + 2))
 
 
 def test_bytes_are_all_copied(tmp_path: Path) -> None:
