@@ -39,9 +39,8 @@ class LongestSuffix:
         text = np.zeros((batch, WINDOW + time), np.uint8)
         text[:, WINDOW:] = np.where(is_byte, inputs, 0)
         # The 8 bytes that end at a position, the last one first, are the little-endian word that starts 7 before it.
-        strides = (WINDOW + time, 1)
-        first = np.ndarray((batch, time), "<u8", text, WINDOW - 7, strides).ravel()
-        second = np.ndarray((batch, time), "<u8", text, WINDOW - 15, strides).ravel()
+        words = np.lib.stride_tricks.sliding_window_view(text, 8, axis=1).view("<u8")[..., 0]
+        first, second = words[:, WINDOW - 7 :].ravel(), words[:, WINDOW - 15 : -8].ravel()
         token = np.searchsorted(self.first, first, side="right") - 1
         long = np.flatnonzero(self.first[token] == first)
         string = np.stack([first[long], second[long]], axis=1).astype(">u8").view(self.keys.dtype)[:, 0]
