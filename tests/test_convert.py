@@ -1,0 +1,335 @@
+"""A model onto a new vocabulary: student.py, and convert.py from the command line."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_tokenizers as small
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from tokenizers import Tokenizer
+
+import convert
+from minalm import hf, layers, sharding, student
+from minalm.model import ModelConfig, Transformer
+from minalm.ngrams import longest_suffix
+from minalm.text import Control, InputError, Segment
+from minalm.transfer import TransferPlan, plan_transfer
+from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
+
+FAMILIES = {"llama": small.LLAMA, "gemma": small.GEMMA, "chatml": small.CHATML}
+PADDED = 3  # rows of the teacher's table past its tokenizer
+
+
+def random_model(config: ModelConfig) -> Transformer:
+    shapes = hf.leaves(hf.abstract(config))
+    random = np.random.default_rng(0)
+    arrays = {leaf: random.normal(size=s.shape, scale=0.3).astype(np.float32) for leaf, s in shapes.items()}
+    return hf.from_leaves(config, arrays)
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory) -> Path:
+    """As Gemma 2's: tied, SentencePiece, a table larger than the tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    small.save(folder / "tokenizer", small.sentencepiece(False), small.GEMMA, bos_token="<bos>", pad_token="<pad>")
+    files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
+    config = ModelConfig(
+        vocab_size=load_vocabulary(folder / "tokenizer").size + PADDED,
+        embed=24,
+        mlp=34,
+        layers=3,
+        heads=6,
+        kv_heads=2,
+        head_dim=10,
+        windows=(3, None, 3),
+        query_scale=1 / math.sqrt(14),
+        attention_softcap=5.0,
+        final_softcap=3.0,
+        norm_eps=1e-6,
+        norm_plus_one=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        embedding_scale=math.sqrt(24),
+    )
+    files["chat_template.jinja"] = b"{{ bos_token }}"
+    hf.save(folder / "model", random_model(config), "float32", files=files)
+    return folder / "model"
+
+
+@pytest.fixture
+def teacher(teacher_folder) -> Transformer:
+    return hf.load(teacher_folder, np.float32)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory) -> Path:
+    return small.save(tmp_path_factory.mktemp("other") / "tokenizer", small.byte_level(), small.CHATML)
+
+
+def run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    convert.main()
+
+
+def compute(model: Transformer, tokens: np.ndarray, ngram: np.ndarray | None) -> np.ndarray:
+    """Logits [batch, time, vocab]."""
+    mesh, dtype = sharding.make_mesh(1, 1), jnp.dtype(jnp.float32)
+
+    def logits(model, tokens, ngram):
+        x, _ = model.trunk(tokens, ngram, None, dtype)
+        product = jnp.einsum("bte,ve->btv", model.finish(x), sharding.gather_channels(model.unembedding, dtype))
+        return layers.softcap(product, model.config.final_softcap)
+
+    specs = (sharding.specs(model, mesh), sharding.ROWS, sharding.ROWS)
+    logits = jax.shard_map(logits, mesh=mesh, in_specs=specs, out_specs=P("fsdp", None, "tp"))
+    return np.asarray(jax.jit(logits)(sharding.place(model, mesh), tokens, ngram))
+
+
+# --- tokenizer.json -----------------------------------------------------------------------------------------------
+
+
+def byte_tokenizer(control: tuple[str, ...]) -> tuple[Vocabulary, Tokenizer]:
+    source = dataclasses.replace(
+        byte_vocabulary(Vocabulary("source", None, None, {}, (), {}, {}), control), name="bytes"
+    )
+    return source, Tokenizer.from_str(json.dumps(student.tokenizer_json(source)))
+
+
+@given(st.text())
+def test_the_tokenizer_of_bytes_spells_the_bytes(text):
+    _, tokenizer = byte_tokenizer(())
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+
+
+@pytest.mark.parametrize(
+    "text", ("", " a", "a  b\n\n\tc ", "<bos>", "é\u0301\ufb01日\U0001f600", "\x00\x7f\u00a0\u2581")
+)
+def test_the_tokenizer_of_bytes_does_not_touch_the_text(text):
+    _, tokenizer = byte_tokenizer(small.GEMMA)
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.encode(text).ids == list(text.encode())
+
+
+def test_programs_can_ask_for_control_tokens():
+    """transformers renders a chat to text first, and reads the control tokens back from there."""
+    vocabulary, tokenizer = byte_tokenizer(small.LLAMA)
+    ids = tokenizer.encode("<|begin_of_text|>hi<|eot_id|>").ids
+    assert ids == [vocabulary.control["<|begin_of_text|>"], *b"hi", vocabulary.control["<|eot_id|>"]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_byte_vocabulary_comes_out_of_its_folder_again(tmp_path, teacher, family):
+    original = load_vocabulary(small.save(tmp_path / "source", small.byte_level(), FAMILIES[family]))
+    vocabulary = byte_vocabulary(original)
+    model = random_model(dataclasses.replace(teacher.config, vocab_size=vocabulary.size + 7, tied=False))
+    student.save(tmp_path / "model", model, vocabulary, None, "float32")
+    found, none = student.load_vocabularies(tmp_path / "model")
+    assert none is None and found.tokenizer is None
+    for field in ("token_bytes", "control", "template"):
+        assert getattr(found, field) == getattr(vocabulary, field), field
+    assert found.token_bytes == load_vocabulary(tmp_path / "model").token_bytes
+    assert np.array_equal(found.boundary_mask(found.size), vocabulary.boundary_mask(found.size))
+    assert hf.load(tmp_path / "model", np.float32).config.vocab_size == vocabulary.size
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    stops = values["eos_token_id"] if isinstance(values["eos_token_id"], list) else [values["eos_token_id"]]
+    assert stops[0] == vocabulary.eos_id and vocabulary.part_ids("end_of_turn")[0] in stops
+    assert values["pad_token_id"] == vocabulary.pad_id
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_with_added_control_tokens_comes_out_again(tmp_path, teacher, family):
+    base = load_vocabulary(small.save(tmp_path / "base", small.byte_level(), small.CHATML))
+    source = load_vocabulary(small.save(tmp_path / "source", small.sentencepiece(False), FAMILIES[family]))
+    vocabulary = with_control(base, source)
+    model = random_model(dataclasses.replace(teacher.config, vocab_size=vocabulary.size))
+    student.save(tmp_path / "model", model, vocabulary, None, "float32")
+    found, _ = student.load_vocabularies(tmp_path / "model")
+    assert found.tokenizer is not None
+    for field in ("token_bytes", "control", "template"):
+        assert getattr(found, field) == getattr(vocabulary, field), field
+    piece = (Segment(Control("bos")), Segment("the user said é日\n\n"), Segment(Control("end_of_turn")))
+    assert np.array_equal(found.encode([piece])[0].ids, vocabulary.encode([piece])[0].ids)
+
+
+def test_ids_with_holes_are_refused(tmp_path):
+    vocabulary = load_vocabulary(small.save(tmp_path / "base", small.byte_level(), small.CHATML))
+    with pytest.raises(InputError, match="cannot give '<new>' the id 1000"):
+        student.tokenizer_json(dataclasses.replace(vocabulary, control={**vocabulary.control, "<new>": 1000}))
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    (
+        ({}, None),
+        ({"tokenizer_config.json": {}}, None),
+        ({"tokenizer_config.json": {"chat_template": "a"}}, "a"),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "default", "template": "b"}]}}, "b"),
+        ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.jinja": "c"}, "c"),
+    ),
+    ids=str,
+)
+def test_chat_template(tmp_path, files, expected):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert student.read_chat_template(tmp_path) == expected
+
+
+# --- student_from_teacher -----------------------------------------------------------------------------------------
+
+
+def plan_of(*sources: list[int]) -> TransferPlan:
+    start = np.cumsum([0, *map(len, sources)], dtype=np.int64)
+    return TransferPlan(100, np.array([i for ids in sources for i in ids], np.int64), start)
+
+
+@pytest.mark.parametrize("teacher_tied", (True, False))
+def test_tables_of_an_untied_student(teacher, teacher_tied):
+    teacher = random_model(dataclasses.replace(teacher.config, tied=teacher_tied))
+    model = student.student_from_teacher(teacher, plan_of([7], [3, 5], []), expansion=False, tied=False, rows=6)
+    old_unembed = teacher.embed if teacher_tied else teacher.unembed
+    for new, old in ((model.embed, teacher.embed), (model.unembed, old_unembed)):
+        assert new.dtype == old.dtype and new.shape == (6, 24)
+        np.testing.assert_array_equal(new[0], old[7])
+        np.testing.assert_allclose(new[1], (old[3] + old[5]) / 2, rtol=1e-6)
+        assert new[2].any() and not new[3:].any()
+    assert not np.array_equal(model.embed[2], model.unembed[2])  # drawn separately
+    assert model.config == dataclasses.replace(teacher.config, vocab_size=6, tied=False)
+
+
+def test_tables_of_a_tied_student(teacher):
+    model = student.student_from_teacher(teacher, plan_of([7]), expansion=False, tied=True, rows=1)
+    assert model.unembed is None and model.config.tied
+    np.testing.assert_array_equal(model.embed, teacher.embed[7:8])
+
+
+def test_all_else_is_the_teachers(teacher):
+    model = student.student_from_teacher(teacher, plan_of([7]), expansion=True, tied=False, rows=4)
+    old, new = hf.leaves(teacher), hf.leaves(model)
+    assert {leaf for leaf in new if leaf not in old} == {"expansion", "unembed"}
+    for leaf in old.keys() - {"embed"}:
+        assert np.array_equal(old[leaf], new[leaf]), leaf
+    np.testing.assert_array_equal(model.expansion, teacher.embed)
+    assert model.config.expansion_size == teacher.config.vocab_size
+
+
+def test_a_bfloat16_teacher_gives_a_bfloat16_student(teacher_folder):
+    teacher = hf.load(teacher_folder, hf.DTYPES["bfloat16"])
+    model = student.student_from_teacher(teacher, plan_of([7], [3, 5]), expansion=True, tied=False, rows=4)
+    assert {array.dtype for array in hf.leaves(model).values()} == {hf.DTYPES["bfloat16"]}
+    exact = (teacher.embed[3].astype(np.float32) + teacher.embed[5].astype(np.float32)) / 2
+    assert np.array_equal(model.embed[1], exact.astype(hf.DTYPES["bfloat16"]))  # rounded once
+
+
+def test_a_student_with_an_expansion_is_no_teacher(teacher):
+    model = student.student_from_teacher(teacher, plan_of([7]), expansion=True, tied=False, rows=1)
+    with pytest.raises(InputError, match="byte student"):
+        student.student_from_teacher(model, plan_of([0]), expansion=False, tied=False, rows=1)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expansion", (True, False))
+def test_bytes(tmp_path, monkeypatch, capsys, teacher_folder, expansion):
+    flags = [] if expansion else ["--no-expansion"]
+    run(monkeypatch, "bytes", teacher_folder, tmp_path / "out", "--dtype", "float32", *flags)
+    printed = capsys.readouterr().out
+    assert "301 -> 261: 261 copied, 0 averaged, 0 drawn" in printed
+
+    model = hf.load(tmp_path / "out", np.float32)
+    vocabulary, original = student.load_vocabularies(tmp_path / "out")
+    old = load_vocabulary(teacher_folder)
+    expected = byte_vocabulary(old)
+    assert (vocabulary.token_bytes, vocabulary.control) == (expected.token_bytes, expected.control)
+    made = student.student_from_teacher(
+        hf.load(teacher_folder, np.float32), plan_transfer(old, expected), expansion, False, expected.size
+    )
+    assert model.config == made.config and not model.config.tied
+    for leaf, array in hf.leaves(made).items():
+        assert np.array_equal(array, hf.leaves(model)[leaf]), leaf
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ bos_token }}"
+
+    # The folder alone is enough to run the model.
+    piece = (Segment(Control("bos")), Segment("the user said é日"), Segment(Control("eos")))
+    ids = vocabulary.encode([piece])[0].ids[None]
+    if expansion:
+        assert (original.token_bytes, original.control) == (old.token_bytes, old.control)
+        ngram = longest_suffix(original, vocabulary)(ids)
+        assert np.array_equal(ngram, longest_suffix(old, expected)(ids)) and len(set(ngram[0])) > 5
+    else:
+        assert original is None
+        ngram = None
+    assert np.isfinite(compute(model, ids, ngram)).all()
+
+
+def test_tokenizer(tmp_path, monkeypatch, capsys, teacher_folder, other_tokenizer):
+    run(monkeypatch, "tokenizer", teacher_folder, other_tokenizer, tmp_path / "out")
+    assert "301 -> 321: " in capsys.readouterr().out
+    old, new = load_vocabulary(teacher_folder), load_vocabulary(tmp_path / "out")
+    base = load_vocabulary(other_tokenizer / "tokenizer.json")
+    assert new.token_bytes[: base.size] == base.token_bytes
+    assert new.template == old.template and set(small.GEMMA) <= set(new.control)
+    model = hf.load(tmp_path / "out", hf.DTYPES["bfloat16"])
+    assert model.config.tied and model.config.vocab_size == new.size
+    teacher = hf.load(teacher_folder, hf.DTYPES["bfloat16"])
+    for word in small.GEMMA:
+        assert np.array_equal(model.embed[new.control[word]], teacher.embed[old.control[word]])
+
+
+def test_inspect(tmp_path, monkeypatch, capsys, teacher_folder):
+    run(monkeypatch, "bytes", teacher_folder, tmp_path / "out")
+    capsys.readouterr()
+    run(monkeypatch, "inspect", tmp_path / "out")
+    printed = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
+    model = hf.load(tmp_path / "out", np.float32)
+    assert printed["windows"] == "(3, None, 3)" and printed["expansion_size"] == "304"
+    assert printed["expansion parameters"] == f"{304 * 24:,}"
+    assert printed["all parameters"] == f"{sum(array.size for array in hf.leaves(model).values()):,}"
+    assert printed["vocabulary"].startswith("261 ids, bytes; control tokens <bos>")
+    assert printed["expansion"].startswith("301 ids")
+
+
+def test_bad_input_is_one_sentence_and_exit_code_1(tmp_path, teacher_folder):
+    """In a process of its own: what a user sees."""
+    script = Path(convert.__file__)
+    for arguments in (("bytes", tmp_path / "nowhere", tmp_path / "out"), ("bytes", teacher_folder, teacher_folder)):
+        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert len(done.stderr.splitlines()) == 1 and str(arguments[1]) in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ("tokenizer.json", "config.json", "model.safetensors"))
+def test_incomplete_folders(tmp_path, monkeypatch, capsys, teacher_folder, file):
+    (tmp_path / "model").mkdir()
+    for path in teacher_folder.iterdir():
+        if path.name != file:
+            (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "bytes", tmp_path / "model", tmp_path / "out")
+    assert exit.value.code == 1 and file in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_transformers_runs_a_plain_student(tmp_path, monkeypatch, teacher_folder):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    run(monkeypatch, "bytes", teacher_folder, tmp_path / "out", "--no-expansion", "--dtype", "float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = np.array([tokenizer("<bos>the user said é日").input_ids], np.int32)
+    assert ids[0].tolist()[1:] == list("the user said é日".encode())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.tensor(ids).long()).logits.numpy()
+    found = compute(hf.load(tmp_path / "out", np.float32), ids, None)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
