@@ -7,6 +7,7 @@ so that no array with both a time axis and a whole vocabulary axis exists, forwa
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from minalm.layers import softcap
@@ -20,8 +21,8 @@ BLOCK_POSITIONS = 512
 class Entries(eqx.Module):
     """What is known of each row of a vocabulary's table."""
 
-    exists: Bool[Array, " vocab"] = param("tp")  # False: padding beyond the tokenizer, excluded from the softmax
-    boundary: Bool[Array, " vocab"] = param("tp")  # begins with white space, or a control token: a word may end before it
+    exists: Bool[Array | np.ndarray, " vocab"] = param("tp")  # False: padding beyond the tokenizer, excluded from the softmax
+    boundary: Bool[Array | np.ndarray, " vocab"] = param("tp")  # begins with white space, or a control token: a word may end before it
 
 
 def block_logits(

@@ -62,15 +62,22 @@ class Case:
             seen[side] = member.any(1)
             last = chunk.shape[1] - 1 - member[:, ::-1].argmax(1)
             close[side] = np.where(seen[side], last, 0 if masked else -1).astype(np.int32)
+        unused = np.zeros(close["student"].shape, np.int32)  # these losses read neither field
         return AlignedChunks(
-            target_chunk["student"], target_chunk["teacher"], close["student"], close["teacher"], seen["student"]
+            student_chunk=target_chunk["student"],
+            teacher_chunk=target_chunk["teacher"],
+            student_close=close["student"],
+            teacher_close=close["teacher"],
+            before_space=unused > 0,
+            text_bytes=unused,
         )
 
     def stats(self, side, logits):
         _, targets, _ = self.sides[side]
         size = logits.shape[-1]
         entries = Entries(exists=np.ones(size, bool), boundary=GOLDEN[f"boundary_{side}"])
-        return token_stats(logits, jnp.array(targets), jnp.eye(size, dtype=logits.dtype), jax.tree.map(jnp.array, entries), None)
+        entries = jax.tree.map(jnp.array, entries)
+        return token_stats(logits, jnp.array(targets), jnp.eye(size, dtype=logits.dtype), entries, None)
 
 
 def config_of(name, chunks, debias, gamma, tau):
@@ -156,7 +163,8 @@ def test_alm_gradients(number):
 
         def value(student_logits, teacher_logits):
             student, teacher = case.stats("student", student_logits), case.stats("teacher", teacher_logits)
-            return alm(student, teacher, jax.tree.map(jnp.array, case.chunks), config_of("binary_ce", "merged", True, 0.1, tau))
+            chunks = jax.tree.map(jnp.array, case.chunks)
+            return alm(student, teacher, chunks, config_of("binary_ce", "merged", True, 0.1, tau))
 
         ours = on_one_device(jax.grad(value), case.sides["student"][0], case.sides["teacher"][0])
         assert_near(ours, GOLDEN[name][number], scale=ratio)
