@@ -24,7 +24,7 @@ def align(student: Encoding, teacher: Encoding) -> Alignment:
     for which the other side has none, and tokens after the last common end.
     """
     student_kept, teacher_kept = _kept(student, teacher), _kept(teacher, student)
-    size = 2 + max(student.ends.max(initial=-1), teacher.ends.max(initial=-1))
+    size = 2 + max(int(side.ends.max(initial=-1)) for side in (student, teacher))
     common = _places(student, student_kept, size) & _places(teacher, teacher_kept, size)
     student_chunk, student_close = _chunks(student, student_kept, common)
     teacher_chunk, teacher_close = _chunks(teacher, teacher_kept, common)
