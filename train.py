@@ -198,7 +198,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             student_tokenizer=Path("runs/quickstart-tokenizer"),
             losses=LossConfig(alm=0.0, balance="fixed"),
             stdlib=True,
-            steps=5_000,
+            steps=4_500,
             batch_size=16,
             piece_bytes=448,
             student_length=128,
