@@ -8,7 +8,7 @@ from itertools import count
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 
 from minalm.align import align
 from minalm.ngrams import LongestSuffix
@@ -117,7 +117,7 @@ def _chunks(
 
         chunk = aligned.student_chunk
         text_bytes = np.bincount(chunk[chunk >= 0], our.text_bytes[: len(chunk)][chunk >= 0], used)
-        ends = _ends_word(our, student)[aligned.student_close] & _ends_word(their, teacher)[aligned.teacher_close]
+        ends = _ends_word(our, student, aligned.student_close) & _ends_word(their, teacher, aligned.teacher_close)
         chunks.text_bytes[row, :used] = text_bytes
         chunks.before_space[row, :used] = ends | (text_bytes == 0)
 
@@ -130,7 +130,8 @@ def _chunks(
     return chunks
 
 
-def _ends_word(row: Encoding, vocabulary: Vocabulary) -> Bool[np.ndarray, " time"]:
-    """Whether what follows each token starts with a space, tab or newline, or is a control part, or is nothing."""
-    opens = vocabulary.boundary[row.ids] | (row.text_bytes == 0)
-    return np.append(opens[1:], np.ones(min(1, len(opens)), bool))
+def _ends_word(row: Encoding, vocabulary: Vocabulary, close: Int64[np.ndarray, " chunk"]) -> Bool[np.ndarray, " chunk"]:
+    """Whether what follows token `close` starts with a space, tab or newline, is a control part, or is nothing."""
+    following = np.minimum(close + 1, len(row.ids) - 1)
+    opens = vocabulary.boundary[row.ids[following]] | (row.text_bytes[following] == 0)
+    return opens | (close == len(row.ids) - 1)
