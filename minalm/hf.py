@@ -61,7 +61,7 @@ GEMMA2 = Family(
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
         "head_dim": 256,
-        "query_pre_attn_scalar": 256,
+        "query_pre_attn_scalar": 256.0,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "sliding_window": 4096,
@@ -164,7 +164,7 @@ class _Keys:
             raise self.wrong(key, "which is not a positive whole number: correct it")
         return value
 
-    def number(self, key: str, default: int | float | None = None, optional: bool = False) -> float | None:
+    def number(self, key: str, default: float | None = None, optional: bool = False) -> float | None:
         """A positive number; with `optional`, null means that there is none and not that the key is missing."""
         if optional and self.read(key, default) is None:
             return None

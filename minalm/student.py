@@ -108,6 +108,11 @@ def read_chat_template(folder: Path) -> str | None:
     return template
 
 
+def read_max_length(folder: Path) -> int | None:
+    """The longest text, in tokens, that the model of a folder was made for, if it says so."""
+    return json.loads((folder / "config.json").read_text("utf-8")).get("max_position_embeddings")
+
+
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer.json of a vocabulary, whose control tokens no text becomes unless a program asks for that.
 

@@ -14,37 +14,37 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SIZES = dict(
-    vocab_size=58,
-    hidden_size=24,
-    intermediate_size=34,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=10,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-LLAMA3 = dict(
-    rms_norm_eps=1e-5,
-    rope_parameters=dict(
-        rope_type="llama3",
-        rope_theta=100.0,
-        factor=8.0,
-        low_freq_factor=0.3,
-        high_freq_factor=2.0,
-        original_max_position_embeddings=16,
-    ),
-)
-GEMMA2 = dict(
-    rms_norm_eps=1e-6,
-    rope_parameters=dict(rope_type="default", rope_theta=100.0),
-    query_pre_attn_scalar=7,
-    sliding_window=3,
-    attn_logit_softcapping=2.0,
-    final_logit_softcapping=3.0,
-)
+SIZES = {
+    "vocab_size": 58,
+    "hidden_size": 24,
+    "intermediate_size": 34,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 100.0,
+        "factor": 8.0,
+        "low_freq_factor": 0.3,
+        "high_freq_factor": 2.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+GEMMA2 = {
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "query_pre_attn_scalar": 7,
+    "sliding_window": 3,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
 MODELS = {
     "llama3": LlamaConfig(**SIZES, **LLAMA3, tie_word_embeddings=False),
     "llama3_tied": LlamaConfig(**SIZES, **LLAMA3, tie_word_embeddings=True),

@@ -61,7 +61,8 @@ def teacher_folder(tmp_path_factory) -> Path:
         embedding_scale=math.sqrt(24),
     )
     files["chat_template.jinja"] = b"{{ bos_token }}"
-    hf.save(folder / "model", random_model(config), "float32", files=files)
+    keys = {"max_position_embeddings": 640}
+    hf.save(folder / "model", random_model(config), "float32", keys=keys, files=files)
     return folder / "model"
 
 
@@ -259,6 +260,7 @@ def test_bytes(tmp_path, monkeypatch, capsys, teacher_folder, expansion):
     for leaf, array in hf.leaves(made).items():
         assert np.array_equal(array, hf.leaves(model)[leaf]), leaf
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ bos_token }}"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 640
 
     # The folder alone is enough to run the model.
     piece = (Segment(Control("bos")), Segment("the user said é日"), Segment(Control("eos")))
@@ -304,7 +306,7 @@ def test_bad_input_is_one_sentence_and_exit_code_1(tmp_path, teacher_folder):
     """In a process of its own: what a user sees."""
     script = Path(convert.__file__)
     for arguments in (("bytes", tmp_path / "nowhere", tmp_path / "out"), ("bytes", teacher_folder, teacher_folder)):
-        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, script, *arguments], check=False, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")
         assert len(done.stderr.splitlines()) == 1 and str(arguments[1]) in done.stderr
     assert not (tmp_path / "out").exists()

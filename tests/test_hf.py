@@ -16,7 +16,7 @@ from minalm.model import ModelConfig, RopeScaling, Transformer, initialize
 from minalm.text import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SIZES = dict(vocab_size=58, embed=24, mlp=34, layers=3, heads=6, kv_heads=2, head_dim=10)
+SIZES = {"vocab_size": 58, "embed": 24, "mlp": 34, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 10}
 LLAMA = ModelConfig(
     **SIZES,
     windows=(None, None, None),
@@ -161,7 +161,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 def tensors_of(file: Path) -> dict[str, np.ndarray]:
     with safe_open(file, framework="numpy") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}
+        return tensors.get_tensors()
 
 
 def assert_same(first: Transformer, second: Transformer) -> None:
@@ -288,12 +288,12 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     (
-        dict(windows=(3, 4, None), norm_plus_one=True),
-        dict(windows=(3, None, None)),
-        dict(attention_softcap=5.0),
-        dict(embedding_scale=2.0),
-        dict(post_norms=True),
-        dict(query_scale=0.3),
+        {"windows": (3, 4, None), "norm_plus_one": True},
+        {"windows": (3, None, None)},
+        {"attention_softcap": 5.0},
+        {"embedding_scale": 2.0},
+        {"post_norms": True},
+        {"query_scale": 0.3},
     ),
     ids=str,
 )
