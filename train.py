@@ -99,6 +99,8 @@ class Config:
     """Rows of a step, over all devices."""
     evaluation_rows: int = 256
     """Rows of held-out text that are evaluated."""
+    evaluation_skip: int = 0
+    """Rows of held-out text before those (to choose settings on other text than the final numbers come from)."""
 
     losses: LossConfig = LossConfig()
     learning_rate: float = 3e-5
@@ -494,8 +496,8 @@ def main(config: Config) -> None:
         report.show_alignment(batch_of(0)[0], inputs.student_vocabulary, inputs.teacher_vocabulary)
 
     def evaluate(state: State) -> dict[str, float]:
-        rows = -(-config.evaluation_rows // config.batch_size)
-        batches = (inputs.batch(config, inputs.held_out.batch(0, i, config.batch_size))[0] for i in range(rows))
+        first, last = (-(-n // config.batch_size) for n in (config.evaluation_skip, config.evaluation_skip + config.evaluation_rows))
+        batches = (inputs.batch(config, inputs.held_out.batch(0, i, config.batch_size))[0] for i in range(first, last))
         model = eqx.combine(state.student, fixed.student)
         return measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
 
