@@ -15,6 +15,7 @@ import small_tokenizers as small
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from real_tokenizers import real_tokenizer
 from tokenizers import Tokenizer
 
 import convert
@@ -161,6 +162,19 @@ def test_a_tokenizer_with_added_control_tokens_comes_out_again(tmp_path, teacher
         assert getattr(found, field) == getattr(vocabulary, field), field
     piece = (Segment(Control("bos")), Segment("the user said é日\n\n"), Segment(Control("end_of_turn")))
     assert np.array_equal(found.encode([piece])[0].ids, vocabulary.encode([piece])[0].ids)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("base", ("bytes", "gemma2", "llama3", "qwen3"))
+@pytest.mark.parametrize("source", ("gemma2", "llama3", "qwen3"))
+def test_real_vocabularies_come_out_again(tmp_path, source, base):
+    old = load_vocabulary(real_tokenizer(source))
+    vocabulary = byte_vocabulary(old) if base == "bytes" else with_control(load_vocabulary(real_tokenizer(base)), old)
+    config = ModelConfig(vocabulary.size, embed=2, mlp=2, layers=1, heads=1, kv_heads=1, head_dim=2, windows=(None,))
+    student.save(tmp_path / "model", random_model(config), vocabulary, None, "float32")
+    found, _ = student.load_vocabularies(tmp_path / "model")
+    for field in ("token_bytes", "control", "template"):
+        assert getattr(found, field) == getattr(vocabulary, field), field
 
 
 def test_ids_with_holes_are_refused(tmp_path):
