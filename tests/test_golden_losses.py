@@ -4,8 +4,11 @@ golden/losses.npz holds eight cases of three texts (24 teacher and 60 student po
 defect of the original is part of its numbers: after merging it divides by a count that was merged a second time. The test
 computes that count (`twice_merged_ratio`); ours is the true mean. Its Rényi divergence takes log(1 - p) as log1p(-exp),
 which loses digits near p = 1; the test puts that formula in the place of ours for these values.
+
+All functions of arrays are compiled once for the eight cases, whose chunk columns are padded to one width.
 """
 
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -13,25 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minalm.head import Entries, token_stats
 from minalm import losses
 from minalm.gradmag import magnitude_weights
+from minalm.head import Entries, token_stats
 from minalm.losses import LossConfig, alm, chunk_sums, latents, next_token
 from minalm.sharding import P, make_mesh, rows_sum
 from minalm.types import AlignedChunks
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
 CASES = range(8)
+CHUNKS = 24  # of the case that has the most
 DIVERGENCES = ["binary_ce", "abs", "reverse_binary_kl", "binary_kl_temp_limit", "abs_exp", "renyi", "k2", "k3"]
 MODES = [("unconstrained", True), ("merged", True), ("merged", False)]
 GAMMAS = [0.1, 0.5, 1e-4]
 TAUS = [100.0, 1.0]
+NORMS = ["l2_channelwise", "l2", "l1", "l1_channelwise"]
 
 
-def on_one_device(function, *arguments):
-    """The function's value inside shard_map, where its collectives have meaning."""
-    mapped = jax.shard_map(function, mesh=make_mesh(1, 1), in_specs=P(), out_specs=P())
-    return jax.jit(mapped)(*arguments)
+def on_one_device(function):
+    """The function, compiled, inside shard_map, where its collectives have meaning."""
+    return jax.jit(jax.shard_map(function, mesh=make_mesh(1, 1), in_specs=P(), out_specs=P()))
 
 
 class Case:
@@ -41,12 +45,12 @@ class Case:
         def read(name):
             return GOLDEN[f"case{number}/{name}"]
 
-        self.sides = {}
+        self.logits, self.targets, self.weight = {}, {}, {}
         for side in ("student", "teacher"):
             ids, mask = read(f"{side}_ids"), read(f"{side}_mask")
-            targets = np.pad(ids[:, 1:], ((0, 0), (0, 1)))
-            weight = np.pad(mask[:, 1:], ((0, 0), (0, 1))).astype(np.float32)
-            self.sides[side] = read(f"{side}_logits"), targets, weight
+            self.logits[side] = read(f"{side}_logits")
+            self.targets[side] = np.pad(ids[:, 1:], ((0, 0), (0, 1)))
+            self.weight[side] = np.pad(mask[:, 1:], ((0, 0), (0, 1))).astype(np.float32)
         self.chunks = self.aligned(read, masked=True)  # the original's ALM reads the loss masks,
         self.latent_chunks = self.aligned(read, masked=False)  # its latents do not
         self.states = read("s_hidden"), read("t_hidden")
@@ -61,7 +65,8 @@ class Case:
             member = chunk[:, :, None] == np.arange(count)
             seen[side] = member.any(1)
             last = chunk.shape[1] - 1 - member[:, ::-1].argmax(1)
-            close[side] = np.where(seen[side], last, 0 if masked else -1).astype(np.int32)
+            last = np.where(seen[side], last, 0 if masked else -1).astype(np.int32)
+            close[side] = np.pad(last, ((0, 0), (0, CHUNKS - count)), constant_values=-1)
         unused = np.zeros(close["student"].shape, np.int32)  # these losses read neither field
         return AlignedChunks(
             student_chunk=target_chunk["student"],
@@ -72,25 +77,30 @@ class Case:
             text_bytes=unused,
         )
 
-    def stats(self, side, logits):
-        _, targets, _ = self.sides[side]
-        size = logits.shape[-1]
-        entries = Entries(exists=np.ones(size, bool), boundary=GOLDEN[f"boundary_{side}"])
-        entries = jax.tree.map(jnp.array, entries)
-        return token_stats(logits, jnp.array(targets), jnp.eye(size, dtype=logits.dtype), entries, None)
+
+case_of = cache(Case)
+
+
+def stats(side, logits, targets):
+    size = logits.shape[-1]
+    entries = Entries(exists=jnp.ones(size, bool), boundary=jnp.array(GOLDEN[f"boundary_{side}"]))
+    return token_stats(logits, targets, jnp.eye(size, dtype=logits.dtype), entries, None)
+
+
+def both_stats(logits, targets):
+    return stats("student", logits["student"], targets["student"]), stats("teacher", logits["teacher"], targets["teacher"])
 
 
 def config_of(name, chunks, debias, gamma, tau):
     return LossConfig(divergence=name, chunks=chunks, debias=debias, gamma=gamma, tau=tau, alpha=2.0)
 
 
-def twice_merged_ratio(case, teacher_boundary, gamma):
+def twice_merged_ratio(case, gamma):
     """Our count of groups over the original's: it merges the teacher's token counts, drops the columns whose own chunk
     was empty before, merges once more by the same groups, and divides by the number of columns left."""
-    targets_per_chunk = np.stack(
-        [np.bincount(row[row >= 0], minlength=case.chunks.teacher_close.shape[1]) for row in case.chunks.teacher_chunk]
-    )
-    ends = (teacher_boundary > np.log(gamma)).astype(int)
+    targets_per_chunk = np.stack([np.bincount(row[row >= 0], minlength=CHUNKS) for row in case.chunks.teacher_chunk])
+    boundary = np.asarray(teacher_boundary(case.logits["teacher"], case.targets["teacher"], case.chunks))
+    ends = (boundary > np.log(gamma)).astype(int)
     group = np.cumsum(ends, axis=1) - ends
 
     def merged(counts):
@@ -105,15 +115,6 @@ def twice_merged_ratio(case, teacher_boundary, gamma):
         return np.float64((once > 0).sum()) / (twice > 0).sum()
 
 
-def teacher_boundary_of(case):
-    def boundary(logits):
-        chunks = jax.tree.map(jnp.array, case.chunks)
-        sums = chunk_sums(case.stats("teacher", logits), chunks.teacher_chunk, chunks.teacher_close)
-        return rows_sum(sums[2])
-
-    return np.asarray(on_one_device(boundary, case.sides["teacher"][0]))
-
-
 def assert_near(ours, golden, scale=1.0):
     """ours * scale is within 1e-5 of the golden array's largest magnitude. What is smaller than the smallest normal
     float32 may have been flushed to zero."""
@@ -122,27 +123,33 @@ def assert_near(ours, golden, scale=1.0):
     np.testing.assert_allclose(np.asarray(ours) * scale, golden, rtol=0, atol=1e-5 * np.abs(golden).max() + flushed)
 
 
+@on_one_device
+def teacher_boundary(logits, targets, chunks):
+    return rows_sum(chunk_sums(stats("teacher", logits, targets), chunks.teacher_chunk, chunks.teacher_close)[2])
+
+
+def alm_as_recorded(student, teacher, chunks, config):
+    with pytest.MonkeyPatch.context() as patch:
+        if config.divergence == "renyi":
+            patch.setattr(losses, "log_one_minus_exp", lambda x: jnp.log1p(-jnp.exp(x)))
+        return alm(student, teacher, chunks, config)
+
+
+@on_one_device
+def alm_values(logits, targets, chunks):
+    """[divergence, mode, gamma, tau]"""
+    student, teacher = both_stats(logits, targets)
+    shape = len(DIVERGENCES), len(MODES), len(GAMMAS), len(TAUS)
+    configs = [config_of(DIVERGENCES[f], *MODES[m], GAMMAS[g], TAUS[t]) for f, m, g, t in np.ndindex(shape)]
+    return jnp.stack([alm_as_recorded(student, teacher, chunks, config) for config in configs]).reshape(shape)
+
+
 @pytest.mark.parametrize("number", CASES)
-def test_alm_values(number, monkeypatch):
-    case = Case(number)
-    settings = [(f, m, g, t) for f in range(8) for m in range(3) for g in range(3) for t in range(2)]
-
-    def value(student, teacher, config):
-        with monkeypatch.context() as patch:
-            if config.divergence == "renyi":
-                patch.setattr(losses, "log_one_minus_exp", lambda x: jnp.log1p(-jnp.exp(x)))
-            return alm(student, teacher, jax.tree.map(jnp.array, case.chunks), config)
-
-    def values(student_logits, teacher_logits):
-        student, teacher = case.stats("student", student_logits), case.stats("teacher", teacher_logits)
-        configs = [config_of(DIVERGENCES[f], *MODES[m], GAMMAS[g], TAUS[t]) for f, m, g, t in settings]
-        return jnp.stack([value(student, teacher, config) for config in configs])
-
-    ours = on_one_device(values, case.sides["student"][0], case.sides["teacher"][0])
-    ours = np.array(ours, np.float64).reshape(8, 3, 3, 2)
-    boundary = teacher_boundary_of(case)
+def test_alm_values(number):
+    case = case_of(number)
+    ours = np.array(alm_values(case.logits, case.targets, case.chunks), np.float64)
     for g, gamma in enumerate(GAMMAS):
-        ours[:, 1:, g] *= twice_merged_ratio(case, boundary, gamma)
+        ours[:, 1:, g] *= twice_merged_ratio(case, gamma)
     golden = GOLDEN["alm"][number].astype(np.float64)
     for f, name in enumerate(DIVERGENCES):
         for t, tau in enumerate(TAUS):
@@ -155,50 +162,60 @@ def test_alm_values(number, monkeypatch):
                 assert_near(ours[f, :, :, t], known)
 
 
+@on_one_device
+def alm_gradients(logits, targets, chunks):
+    """[tau, ...], with respect to the student's logits"""
+
+    def value(student_logits, tau):
+        student, teacher = both_stats({**logits, "student": student_logits}, targets)
+        return alm(student, teacher, chunks, config_of("binary_ce", "merged", True, 0.1, tau))
+
+    return jnp.stack([jax.grad(value)(logits["student"], tau) for tau in TAUS])
+
+
 @pytest.mark.parametrize("number", CASES)
 def test_alm_gradients(number):
-    case = Case(number)
-    ratio = twice_merged_ratio(case, teacher_boundary_of(case), 0.1)
-    for tau, name in ((100.0, "grad_alm_default"), (1.0, "grad_alm_temp1")):
+    case = case_of(number)
+    ratio = twice_merged_ratio(case, 0.1)
+    ours = alm_gradients(case.logits, case.targets, case.chunks)
+    for gradient, name in zip(ours, ("grad_alm_default", "grad_alm_temp1"), strict=True):
+        assert_near(gradient, GOLDEN[name][number], scale=ratio)
 
-        def value(student_logits, teacher_logits):
-            student, teacher = case.stats("student", student_logits), case.stats("teacher", teacher_logits)
-            chunks = jax.tree.map(jnp.array, case.chunks)
-            return alm(student, teacher, chunks, config_of("binary_ce", "merged", True, 0.1, tau))
 
-        ours = on_one_device(jax.grad(value), case.sides["student"][0], case.sides["teacher"][0])
-        assert_near(ours, GOLDEN[name][number], scale=ratio)
+@on_one_device
+def next_token_and_gradient(logits, targets, weight):
+    return jax.value_and_grad(lambda logits: next_token(stats("student", logits, targets), weight))(logits)
 
 
 @pytest.mark.parametrize("number", CASES)
 def test_next_token(number):
-    case = Case(number)
-    logits, _, weight = case.sides["student"]
-
-    def value(logits):
-        return next_token(case.stats("student", logits), jnp.array(weight))
-
-    ours, gradient = on_one_device(jax.value_and_grad(value), logits)
+    case = case_of(number)
+    ours, gradient = next_token_and_gradient(*(x["student"] for x in (case.logits, case.targets, case.weight)))
     assert_near(ours, GOLDEN["sft"][number])
     assert_near(gradient, GOLDEN["grad_sft"][number])
 
 
+@on_one_device
+def latents_and_gradient(states, chunks):
+    """[layers, norm], and the gradient of the first norm of all layers"""
+    counted = (chunks.student_close >= 0) & (chunks.teacher_close >= 0)
+    close = [jnp.maximum(close, 0)[None, :, :, None] for close in (chunks.student_close, chunks.teacher_close)]
+
+    def value(student_states, layers, norm):
+        picked = [jnp.take_along_axis(s, c, axis=2)[layers] for s, c in zip((student_states, states[1]), close)]
+        return latents(*picked, counted, norm)
+
+    choices = slice(-1, None), slice(None)
+    values = jnp.stack([jnp.stack([value(states[0], layers, norm) for norm in NORMS]) for layers in choices])
+    return values, jax.grad(value)(states[0], choices[1], NORMS[0])
+
+
 @pytest.mark.parametrize("number", CASES)
 def test_latents(number):
-    case = Case(number)
-    chunks = case.latent_chunks
-    counted = jnp.array((chunks.student_close >= 0) & (chunks.teacher_close >= 0))
-    close = [np.maximum(close, 0)[None, :, :, None] for close in (chunks.student_close, chunks.teacher_close)]
-
-    def value(student_states, teacher_states, layers, norm):
-        picked = [jnp.take_along_axis(s, c, axis=2) for s, c in zip((student_states, teacher_states), close)]
-        return latents(picked[0][layers], picked[1][layers], counted, norm)
-
-    for column, layers in enumerate((slice(-1, None), slice(None))):
-        for row, norm in enumerate(("l2_channelwise", "l2", "l1", "l1_channelwise")):
-            ours = on_one_device(lambda s, t: value(s, t, layers, norm), *case.states)
-            assert_near(ours, GOLDEN["latents"][number, column, row])
-    gradient = on_one_device(jax.grad(lambda s, t: value(s, t, slice(None), "l2_channelwise")), *case.states)
+    case = case_of(number)
+    ours, gradient = latents_and_gradient(case.states, case.latent_chunks)
+    for column, row in np.ndindex(ours.shape):
+        assert_near(ours[column, row], GOLDEN["latents"][number, column, row])
     assert_near(gradient, GOLDEN["grad_latents_all"][number])
 
 
