@@ -80,6 +80,9 @@ def test_before_space_and_text_bytes():
     assert cut.before_space[0].tolist() == before[:4] + [False] * 5
     cut = make_batch([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 5)[0].chunks
     assert cut.before_space[0].tolist() == before[:5]
+    # Nothing follows the last chunk of a piece that stops within a document.
+    part = make_batch([plain("the user")[:2]], student, teacher, None, 60, 60)[0].chunks
+    assert part.before_space[0, :4].tolist() == [True, True, False, True]
     # It must hold on both sides: the student's next token is "s", where the teacher's would be " s".
     assert not make_batch([plain("ths")], student, teacher, None, 9, 9)[0].chunks.before_space[0, 1]
 
