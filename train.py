@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -35,13 +35,14 @@ from minalm.model import ModelConfig, Remat, Transformer, initialize, pick
 from minalm.ngrams import LongestSuffix, longest_suffix
 from minalm.sharding import ROWS, P, make_mesh, place, place_rows, shardings, specs
 from minalm.stdlib_text import stdlib_documents
-from minalm.student import save, student_from_teacher
+from minalm.student import load_vocabularies, read_chat_template, save, student_from_teacher
 from minalm.text import Control, Corpus, InputError, Piece, Segment, read_corpus, text_corpus
 from minalm.transfer import plan_transfer
 from minalm.types import Batch, Tokens, TokenStats
 from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
 
 HERE = Path(__file__).parent
+MAY_CHANGE = ("resume", "overwrite", "out", "mesh", "log_interval", "save_interval", "samples")  # at a --resume
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -136,10 +137,14 @@ class Config:
     overwrite: bool = False
     """Remove the run that is in --out."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises InputError for settings that do not go together. (In __post_init__, tyro would wrap the sentence.)"""
+        self.losses.check()
         for name in ("steps", "batch_size", "student_length", "teacher_length", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise InputError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
+        if not self.data and not self.stdlib:
+            raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite removes it: choose one")
         if self.warmup_steps > self.steps:
@@ -165,7 +170,7 @@ HEADLINE = dict(  # what both published byte models were trained with
 )
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
-        "A 1.3 M parameter subword model becomes byte-level on the text of Python's own library: minutes on 2 CPU cores.",
+        "A small subword model becomes byte-level on the text of Python's own library: minutes on 2 CPU cores.",
         Config(
             out=Path("runs/quickstart"),
             teacher=HERE / "quickstart_teacher",
@@ -211,15 +216,15 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "gemma2-2b-it-byte": (
-        "Gemma 2 2B IT becomes byte-level, as published. Give --data, and the model's folder if it is elsewhere.",
+        "Gemma 2 2B IT becomes byte-level, as published. Needs --data, and --teacher if it is elsewhere.",
         Config(out=Path("runs/gemma2-2b-it-byte"), teacher=Path("gemma-2-2b-it"), **HEADLINE),
     ),
     "llama3.2-3b-it-byte": (
-        "Llama 3.2 3B Instruct becomes byte-level, as published. Give --data, and the model's folder if it is elsewhere.",
+        "Llama 3.2 3B Instruct becomes byte-level, as published. Needs --data, and --teacher if it is elsewhere.",
         Config(out=Path("runs/llama3.2-3b-it-byte"), teacher=Path("Llama-3.2-3B-Instruct"), **HEADLINE),
     ),
     "smollm2-135m-byte": (
-        "SmolLM2 135M Instruct becomes byte-level on one device. Give --data, and the model's folder if it is elsewhere.",
+        "SmolLM2 135M Instruct becomes byte-level on one device. Needs --data, and --teacher if it is elsewhere.",
         Config(
             out=Path("runs/smollm2-135m-byte"),
             teacher=Path("SmolLM2-135M-Instruct"),
@@ -300,8 +305,8 @@ def gradients(
         return losses.loss_terms(config.losses, batch, stats, teacher_stats, states, teacher_states), stats
 
     grad, values, weights, stats = balanced_grad(student_trunk, student_tail, student, config.losses)
-    metrics = {f"loss/{name}": value for name, value in zip(config.losses.names, values)}
-    metrics |= {f"weight/{name}": weight for name, weight in zip(config.losses.names, weights)}
+    metrics = {f"loss/{name}": value for name, value in zip(config.losses.names, values, strict=True)}
+    metrics |= {f"weight/{name}": weight for name, weight in zip(config.losses.names, weights, strict=True)}
     metrics["bits_per_byte"] = losses.bits_per_byte(stats.logp, chunks.student_chunk, chunks.text_bytes)
     return grad, metrics
 
@@ -370,11 +375,9 @@ def load_inputs(config: Config) -> Inputs:
         )
 
     training, held_out = corpus(config.data, "training"), corpus(config.held_out, "held_out")
-    if training is None:
-        raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
     teacher = teacher_vocabulary = ngrams = None
     if config.teacher is not None:
-        teacher_vocabulary = load_vocabulary(config.teacher)
+        teacher_vocabulary, _ = load_vocabularies(config.teacher)
         teacher = hf.load(config.teacher, np.float32)
     if config.student_tokenizer != "bytes":
         vocabulary = load_vocabulary(config.student_tokenizer)
@@ -402,38 +405,46 @@ def entries_of(vocabulary: Vocabulary, model: Transformer) -> head.Entries:
     return head.Entries(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
 
 
-def start_folder(config: Config) -> None:
-    """Makes the folder of the run and writes config.yaml. Raises InputError if it exists and nothing says what to do."""
+def plain(config: Config) -> dict[str, Any]:
+    """The settings as config.yaml holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def check_folder(config: Config) -> None:
+    """Raises InputError unless --out is free, or holds a run and the settings say what to do with it."""
     out, file = config.out, config.out / "config.yaml"
-    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     if config.resume:
         if not file.exists():
             raise InputError(f"there is no run in {out} to go on with: start it without --resume")
         before = yaml.safe_load(file.read_text())
-        free = ("resume", "overwrite", "mesh", "log_interval", "save_interval", "samples", "out")
-        changed = [key for key in plain if key not in free and plain[key] != before.get(key)]
-        if changed:
-            key = changed[0]
-            raise InputError(
-                f"{_flag(key)} is {plain[key]} but the run in {out} has {before.get(key)}: "
-                "give the same settings, or another --out"
-            )
+        for name, value in plain(config).items():
+            if name not in MAY_CHANGE and value != before.get(name):
+                raise InputError(
+                    f"{_flag(name)} is {value} but the run in {out} has {before.get(name)}: "
+                    "give the same settings, or another --out"
+                )
+    elif out.exists() and not config.overwrite:
+        raise InputError(f"{out} exists: go on with --resume, replace it with --overwrite, or name another --out")
+    elif out.exists() and not file.exists():
+        raise InputError(f"{out} is not a run of this program, so --overwrite leaves it alone: name another --out")
+
+
+def start_folder(config: Config) -> None:
+    """Makes --out, after `check_folder`, with config.yaml."""
+    if config.resume:
         return
-    if out.exists():
-        if not config.overwrite:
-            raise InputError(f"{out} exists: go on with --resume, replace it with --overwrite, or name another --out")
-        if not file.exists():
-            raise InputError(f"{out} is not a run of this program, so --overwrite leaves it alone: name another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    shutil.rmtree(config.out, ignore_errors=True)
+    config.out.mkdir(parents=True)
+    settings = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    (config.out / "config.yaml").write_text(settings)
 
 
 class MetricsFile:
     """metrics.jsonl: one object a logged step. A run that goes on first drops what lies behind its checkpoint."""
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
         self.seconds_before = json.loads(kept[-1])["seconds"] if kept else 0.0
         path.write_text("".join(line + "\n" for line in kept))
         self.path, self.start = path, time.monotonic()
@@ -450,8 +461,8 @@ class MetricsFile:
 
 def main(config: Config) -> None:
     # 1. Everything that can be wrong is found here, before anything is written.
-    if not config.resume and not config.overwrite and config.out.exists():
-        start_folder(config)  # raises
+    config.check()
+    check_folder(config)
     fsdp = config.mesh.fsdp or max(1, jax.device_count() // config.mesh.tp)
     mesh = make_mesh(fsdp, config.mesh.tp)
     if config.batch_size % fsdp:
@@ -475,7 +486,10 @@ def main(config: Config) -> None:
     fixed, student = place(fixed, mesh), place(student, mesh)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     optimizer_layout = optax.tree_map_params(
-        optimizer, lambda _, spec: spec, jax.eval_shape(optimizer.init, student), specs(student, mesh),
+        optimizer,
+        lambda _, spec: spec,
+        jax.eval_shape(optimizer.init, student),
+        specs(student, mesh),
         transform_non_params=lambda _: P(),
     )
     state = State(
@@ -496,8 +510,9 @@ def main(config: Config) -> None:
         report.show_alignment(batch_of(0)[0], inputs.student_vocabulary, inputs.teacher_vocabulary)
 
     def evaluate(state: State) -> dict[str, float]:
-        first, last = (-(-n // config.batch_size) for n in (config.evaluation_skip, config.evaluation_skip + config.evaluation_rows))
-        batches = (inputs.batch(config, inputs.held_out.batch(0, i, config.batch_size))[0] for i in range(first, last))
+        first, count = (-(-rows // config.batch_size) for rows in (config.evaluation_skip, config.evaluation_rows))
+        pieces = (inputs.held_out.batch(0, number, config.batch_size) for number in range(first, first + count))
+        batches = (inputs.batch(config, rows)[0] for rows in pieces)
         model = eqx.combine(state.student, fixed.student)
         return measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
 
@@ -551,6 +566,7 @@ def main(config: Config) -> None:
         inputs.student_vocabulary,
         None if inputs.ngrams is None else inputs.teacher_vocabulary,
         config.compute_dtype,
+        chat_template=config.teacher and read_chat_template(config.teacher),
         max_length=config.student_length,
     )
     bits = {"teacher": None, "student_start": None, "student_end": None}

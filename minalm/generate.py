@@ -52,7 +52,10 @@ def empty_caches(model: Transformer, batch: int, length: int, mesh: Mesh, dtype:
     """Room for `length` positions of each row."""
     shape = (batch, length, model.config.kv_heads, model.config.head_dim)
     stacked, single = (model.config.layers - 1, *shape), shape
-    caches = Cache(np.zeros(stacked, dtype), np.zeros(stacked, dtype)), Cache(np.zeros(single, dtype), np.zeros(single, dtype))
+    caches = (
+        Cache(np.zeros(stacked, dtype), np.zeros(stacked, dtype)),
+        Cache(np.zeros(single, dtype), np.zeros(single, dtype)),
+    )
     return jax.device_put(caches, shardings(CACHE_LAYOUT, mesh))
 
 
@@ -104,5 +107,7 @@ def generate(
         logits, caches = step(model, entries, caches, inputs, expanded, positions, last)
         ids[rows, lengths + number] = jax.device_get(sample(logits, temperature, keys[number]))
         positions = (lengths + number)[:, None]
-    continuations = [ids[row, length : length + new_tokens].tolist() for row, length in zip(range(len(prompts)), lengths)]
+    continuations = [
+        ids[row, length : length + new_tokens].tolist() for row, length in zip(range(len(prompts)), lengths)
+    ]
     return [new[: new.index(stop)] if stop in new else new for new in continuations]

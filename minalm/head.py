@@ -21,8 +21,12 @@ BLOCK_POSITIONS = 512
 class Entries(eqx.Module):
     """What is known of each row of a vocabulary's table."""
 
-    exists: Bool[Array | np.ndarray, " vocab"] = param("tp")  # False: padding beyond the tokenizer, excluded from the softmax
-    boundary: Bool[Array | np.ndarray, " vocab"] = param("tp")  # begins with white space, or a control token: a word may end before it
+    exists: Bool[Array | np.ndarray, " vocab"] = param(
+        "tp"
+    )  # False: padding beyond the tokenizer, excluded from the softmax
+    boundary: Bool[Array | np.ndarray, " vocab"] = param(
+        "tp"
+    )  # begins with white space, or a control token: a word may end before it
 
 
 def block_logits(

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def project(x: Float[Array, "batch time *inner"], weight: Float[Array, "*shape"], inner: int = 1) -> Float[Array, "..."]:
+def project(
+    x: Float[Array, "batch time *inner"], weight: Float[Array, "*shape"], inner: int = 1
+) -> Float[Array, "..."]:
     """x times weight over the last `inner` dimensions of x and the first `inner` of weight.
 
     Written as a product of two matrices, which the CPU compiler hands to its fast kernel; as an einsum over four

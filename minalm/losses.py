@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from minalm.sharding import rows_sum
+from minalm.text import InputError
 from minalm.types import AlignedChunks, Batch, TokenStats
 
 BELOW_ONE = 1e-6  # subtracted from l / tau so that log(1 - p) stays finite
@@ -56,16 +57,17 @@ class LossConfig:
     latents_norm: LatentsNorm = "l2_channelwise"
     """Distance, and whether it is divided by the teacher's mean per channel or over all channels."""
 
-    def __post_init__(self):
-        for name, low in (("sft", 0.0), ("alm", 0.0), ("latents", 0.0), ("gamma", 0.0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"--losses.{name} must be at least {low}: pass a larger number")
+    def check(self) -> None:
+        """Raises InputError for values that make no sense."""
+        for name in ("sft", "alm", "latents", "gamma"):
+            if not getattr(self, name) >= 0.0:
+                raise InputError(f"--losses.{name} is {getattr(self, name)}: it must be at least 0")
         if not self.tau > 0.0:
-            raise ValueError("--losses.tau must be above 0: for the limit of large tau use binary_kl_temp_limit")
+            raise InputError("--losses.tau must be above 0: for its limit use --losses.divergence binary_kl_temp_limit")
         if self.alpha <= 0.0 or self.alpha == 1.0:
-            raise ValueError("--losses.alpha must be above 0 and not 1: for the limit 1 use binary_ce")
+            raise InputError("--losses.alpha must be above 0 and not 1: for the limit 1 use binary_ce")
         if not self.names:
-            raise ValueError("every loss has weight 0: give one of --losses.sft, .alm, .latents a weight")
+            raise InputError("every loss has weight 0: give one of --losses.sft, .alm, .latents a weight")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,7 +86,9 @@ class LossConfig:
 # --- chunks -------------------------------------------------------------------------------------------------------
 
 
-def sum_by(values: Float[Array, "batch item"], index: Int[Array, "batch item"], size: int) -> Float[Array, "batch size"]:
+def sum_by(
+    values: Float[Array, "batch item"], index: Int[Array, "batch item"], size: int
+) -> Float[Array, "batch size"]:
     """Sums of values by index within each row; index -1 is left out."""
     rows = jnp.arange(values.shape[0])[:, None]
     bins = jnp.zeros((values.shape[0], size + 1), values.dtype)
@@ -254,7 +258,10 @@ def loss_terms(
 def bits_per_byte(
     logp: Float32[Array, "batch time"], chunk: Int[Array, "batch time"], text_bytes: Int[Array, "batch chunk"]
 ) -> Float32[Array, ""]:
-    """-log2 p of the text in chunks over its UTF-8 bytes; control tokens count in neither."""
-    nats = -jnp.where(text_bytes > 0, sum_by(logp, chunk, text_bytes.shape[1]), 0.0)
-    count = rows_sum(jnp.sum(text_bytes)).astype(jnp.float32)
+    """-log2 p of the text in chunks over its UTF-8 bytes. Neither counts control tokens, nor the chunk of a row's first
+    token, which has no targets."""
+    size = text_bytes.shape[1]
+    counted = (text_bytes > 0) & (sum_by(jnp.ones_like(logp), chunk, size) > 0.0)
+    nats = -jnp.where(counted, sum_by(logp, chunk, size), 0.0)
+    count = rows_sum(jnp.sum(jnp.where(counted, text_bytes, 0))).astype(jnp.float32)
     return rows_sum(jnp.sum(nats)) / jnp.maximum(count, 1.0) / math.log(2.0)

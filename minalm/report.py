@@ -58,7 +58,9 @@ def show_alignment(batch: Batch, student: Vocabulary, teacher: Vocabulary, most:
     ):
         shown = (chunk[0] < most) & (side.weight[0] > 0)
         console.print(Text(f"{name} ", "bold") + _tokens(side.targets[0][shown], chunk[0][shown], vocabulary))
-    console.print(Text("Equal colours are a chunk: the same bytes on both sides. A dot ends a token of several bytes.", "dim"))
+    console.print(
+        Text("Equal colours are a chunk: the same bytes on both sides. A dot ends a token of several bytes.", "dim")
+    )
 
 
 def progress_bar() -> Progress:
