@@ -88,7 +88,9 @@ def stats(side, logits, targets):
 
 
 def both_stats(logits, targets):
-    return stats("student", logits["student"], targets["student"]), stats("teacher", logits["teacher"], targets["teacher"])
+    return stats("student", logits["student"], targets["student"]), stats(
+        "teacher", logits["teacher"], targets["teacher"]
+    )
 
 
 def config_of(name, chunks, debias, gamma, tau):
