@@ -107,7 +107,7 @@ class Config:
     learning_rate: float = 3e-5
     """The highest learning rate of AdamW."""
     warmup_steps: int = 2000
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0, at most all of them."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
@@ -147,8 +147,6 @@ class Config:
             raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite removes it: choose one")
-        if self.warmup_steps > self.steps:
-            raise InputError(f"--warmup-steps {self.warmup_steps} is more than --steps {self.steps}: make it smaller")
         if self.teacher is None:
             if self.losses.needs_teacher:
                 raise InputError("alm and latents need a teacher: give --teacher, or --losses.alm 0 --losses.latents 0")
@@ -337,9 +335,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    fall = optax.linear_schedule(config.learning_rate, 0.0, config.steps - config.warmup_steps)
-    return optax.join_schedules([rise, fall], [config.warmup_steps])
+    warmup = min(config.warmup_steps, config.steps)
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    fall = optax.linear_schedule(config.learning_rate, 0.0, config.steps - warmup)
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
