@@ -258,10 +258,9 @@ def loss_terms(
 def bits_per_byte(
     logp: Float32[Array, "batch time"], chunk: Int[Array, "batch time"], text_bytes: Int[Array, "batch chunk"]
 ) -> Float32[Array, ""]:
-    """-log2 p of the text in chunks over its UTF-8 bytes. Neither counts control tokens, nor the chunk of a row's first
-    token, which has no targets."""
+    """-log2 p of the text in chunks over its UTF-8 bytes; neither control tokens count nor chunks without a target."""
     size = text_bytes.shape[1]
     counted = (text_bytes > 0) & (sum_by(jnp.ones_like(logp), chunk, size) > 0.0)
-    nats = -jnp.where(counted, sum_by(logp, chunk, size), 0.0)
+    nats = rows_sum(jnp.sum(jnp.where(counted, -sum_by(logp, chunk, size), 0.0)))
     count = rows_sum(jnp.sum(jnp.where(counted, text_bytes, 0))).astype(jnp.float32)
-    return rows_sum(jnp.sum(nats)) / jnp.maximum(count, 1.0) / math.log(2.0)
+    return nats / jnp.maximum(count, 1.0) / math.log(2.0)
