@@ -117,9 +117,10 @@ def _chunks(
 
         chunk = aligned.student_chunk
         text_bytes = np.bincount(chunk[chunk >= 0], our.text_bytes[: len(chunk)][chunk >= 0], used)
-        ends = _ends_word(our, student, aligned.student_close) & _ends_word(their, teacher, aligned.teacher_close)
+        follows = _space_follows(our, student, aligned.student_close)
+        follows &= _space_follows(their, teacher, aligned.teacher_close)
         chunks.text_bytes[row, :used] = text_bytes
-        chunks.before_space[row, :used] = ends | (text_bytes == 0)
+        chunks.before_space[row, :used] = follows | (text_bytes == 0)
 
         first_in_chunk = 0 in (*aligned.student_chunk[:1], *aligned.teacher_chunk[:1])  # then it is chunk 0
         for targets, chunk in (
@@ -130,8 +131,9 @@ def _chunks(
     return chunks
 
 
-def _ends_word(row: Encoding, vocabulary: Vocabulary, close: Int64[np.ndarray, " chunk"]) -> Bool[np.ndarray, " chunk"]:
-    """Whether what follows token `close` starts with a space, tab or newline, is a control part, or is nothing."""
+def _space_follows(
+    row: Encoding, vocabulary: Vocabulary, close: Int64[np.ndarray, " chunk"]
+) -> Bool[np.ndarray, " chunk"]:
+    """Whether the token after token `close` starts with a space; that of the last token does not."""
     following = np.minimum(close + 1, len(row.ids) - 1)
-    opens = vocabulary.boundary[row.ids[following]] | (row.text_bytes[following] == 0)
-    return opens | (close == len(row.ids) - 1)
+    return vocabulary.starts_with_space[row.ids[following]] & (close < len(row.ids) - 1)

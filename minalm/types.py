@@ -30,7 +30,7 @@ class AlignedChunks(eqx.Module):
     teacher_chunk: Int[Array | ndarray, "batch teacher_time"]
     student_close: Int[Array | ndarray, "batch chunk"]
     teacher_close: Int[Array | ndarray, "batch chunk"]
-    # On both sides the chunk is a control part, or what follows starts with a space or is a control part.
+    # A chunk of the `space` chunking may end here: a control part, or on both sides the next token starts with a space.
     before_space: Bool[Array | ndarray, "batch chunk"]
     text_bytes: Int[Array | ndarray, "batch chunk"]  # UTF-8 bytes of text in the chunk; 0: a control part, or unused
 

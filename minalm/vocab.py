@@ -106,6 +106,11 @@ class Vocabulary:
         mask[[self.control[word] for word in self.template_control]] = True
         return mask
 
+    @cached_property
+    def starts_with_space(self) -> Bool[np.ndarray, " vocab"]:
+        """Entries whose first byte is a space."""
+        return np.array([token[:1] == b" " for token in self.token_bytes], bool)
+
     def boundary_mask(self, size: int) -> Bool[np.ndarray, " size"]:
         """`boundary` for a model whose table has `size` rows; those past the tokenizer are False.
 

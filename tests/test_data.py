@@ -72,7 +72,7 @@ def test_before_space_and_text_bytes():
     chunks = make_batch([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 60)[0].chunks
     #         bos   "the"  " "    "user" "\n"*3 "model" " the" eos
     text_bytes = [0, 3, 1, 4, 3, 5, 4, 0]
-    before = [True, True, False, True, False, True, True, True]
+    before = [True, True, False, False, False, True, False, True]
     assert chunks.text_bytes[0].tolist() == text_bytes + [0] * 52
     assert chunks.before_space[0].tolist() == before + [False] * 52
     # Where the row ends, what follows in the piece decides, not the padding.
@@ -80,9 +80,9 @@ def test_before_space_and_text_bytes():
     assert cut.before_space[0].tolist() == before[:4] + [False] * 5
     cut = make_batch([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 5)[0].chunks
     assert cut.before_space[0].tolist() == before[:5]
-    # Nothing follows the last chunk of a piece that stops within a document.
+    # No space follows the last chunk of a piece.
     part = make_batch([plain("the user")[:2]], student, teacher, None, 60, 60)[0].chunks
-    assert part.before_space[0, :4].tolist() == [True, True, False, True]
+    assert part.before_space[0, :4].tolist() == [True, True, False, False]
     # It must hold on both sides: the student's next token is "s", where the teacher's would be " s".
     assert not make_batch([plain("ths")], student, teacher, None, 9, 9)[0].chunks.before_space[0, 1]
 
