@@ -323,7 +323,7 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax mixes step counts and floats
         updates, optimizer_state = optimizer.update(grad, state.optimizer, state.student)
     student = optax.apply_updates(state.student, updates)
-    metrics["gradient_norm"] = optax.global_norm(grad)
+    metrics["gradient_norm"] = optax.tree.norm(grad)
     return State(student, optimizer_state, state.step + 1), metrics
 
 
@@ -444,7 +444,8 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.seconds_before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        last = json.loads(kept[-1]) if kept else {"seconds": 0.0, "dropped": 0}
+        self.seconds_before, self.dropped_before = last["seconds"], last["dropped"]
         path.write_text("".join(line + "\n" for line in kept))
         self.path, self.start = path, time.monotonic()
 
@@ -500,8 +501,6 @@ def main(config: Config) -> None:
     report.show_settings(config, {"student, trained": student, "student, frozen": frozen, "teacher": inputs.teacher})
 
     # 3. Batches are a function of (seed, step).
-    dropped = 0
-
     def batch_of(step: int) -> tuple[Batch, int]:
         return inputs.batch(config, inputs.training.batch(config.seed, step, config.batch_size))
 
@@ -523,36 +522,42 @@ def main(config: Config) -> None:
         state = checkpoint.restore(checkpoints, state)
     first = int(state.step)
     log = MetricsFile(config.out / "metrics.jsonl", first)
+    dropped = log.dropped_before
     batches = data.read_ahead(batch_of, first)
     pending = None
+
+    def is_saved(step: int) -> bool:
+        return step % config.save_interval == 0 or step == config.steps
 
     def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite(list(values.values())).all():
             raise InputError(
-                f"step {step} gave numbers that are not finite ({values}): lower --learning-rate or set --clip-norm, "
-                "and go on from the last checkpoint with --resume"
+                f"step {step} gave numbers that are not finite ({values}): "
+                "start again with a lower --learning-rate or with --clip-norm"
             )
         return values
 
     with report.progress_bar() as bar:
         task = bar.add_task("compiling", total=config.steps, completed=first)
+
+        def record(step: int, metrics: dict[str, jax.Array], dropped: int) -> None:
+            values = fetch(step, metrics)
+            bar.update(task, completed=step, description=report.progress_line(values))
+            if step % config.log_interval == 0 or is_saved(step):
+                log.write(step, {**values, "learning_rate": float(schedule(step - 1)), "dropped": dropped})
+
         for step in range(first, config.steps):
             batch, left_out = next(batches)
             dropped += left_out
             state, metrics = step_function(state, fixed, place_rows(batch, mesh))
             if pending is not None:
-                values = fetch(*pending)
-                bar.update(task, completed=step, description=report.progress_line(values))
-                if step % config.log_interval == 0:
-                    log.write(step, {**values, "learning_rate": float(schedule(step - 1)), "dropped": dropped})
-            pending = step + 1, metrics
-            if (step + 1) % config.save_interval == 0 or step + 1 == config.steps:
+                record(*pending)
+            pending = step + 1, metrics, dropped
+            if is_saved(step + 1):  # a state is saved after it was found to be good, and after its line was written
+                record(*pending)
+                pending = None
                 checkpoint.save(checkpoints, step + 1, state)
-        if pending is not None:
-            values = fetch(*pending)
-            bar.update(task, completed=config.steps, description=report.progress_line(values))
-            log.write(config.steps, {**values, "learning_rate": float(schedule(config.steps - 1)), "dropped": dropped})
     batches.close()
     seconds = log.seconds
 
