@@ -14,7 +14,7 @@ from minalm.model import EVERYTHING, Cache, Transformer
 from minalm.sharding import ROWS, P, gather_channels, shardings, specs
 
 Ngrams = Callable[[Int[np.ndarray, "batch time"]], Int[np.ndarray, "batch time"]]
-CACHE_LAYOUT = Cache(*(P(None, "fsdp", None, "tp", None),) * 2), Cache(*(P("fsdp", None, "tp", None),) * 2)
+CACHE_LAYOUT = P(None, "fsdp", None, "tp", None), P("fsdp", None, "tp", None)  # of the stacked blocks, of the last
 
 
 def next_logits(
@@ -51,12 +51,13 @@ def next_logits(
 def empty_caches(model: Transformer, batch: int, length: int, mesh: Mesh, dtype: jnp.dtype) -> tuple[Cache, Cache]:
     """Room for `length` positions of each row."""
     shape = (batch, length, model.config.kv_heads, model.config.head_dim)
-    stacked, single = (model.config.layers - 1, *shape), shape
-    caches = (
-        Cache(np.zeros(stacked, dtype), np.zeros(stacked, dtype)),
-        Cache(np.zeros(single, dtype), np.zeros(single, dtype)),
-    )
-    return jax.device_put(caches, shardings(CACHE_LAYOUT, mesh))
+    shapes = (model.config.layers - 1, *shape), shape
+
+    def cache(shape, layout):
+        return Cache(*(jax.device_put(np.zeros(shape, dtype), layout) for _ in range(2)))
+
+    stacked, single = map(cache, shapes, shardings(CACHE_LAYOUT, mesh))
+    return stacked, single
 
 
 def sample(logits: Float32[Array, "batch vocab"], temperature: float, key: PRNGKeyArray) -> Int[Array, " batch"]:
