@@ -71,7 +71,7 @@ def generate(
     model: Transformer,
     entries: Entries,
     ngrams: Ngrams | None,
-    prompts: Sequence[Int[np.ndarray, " time"]],
+    prompts: Sequence[Int[np.ndarray, " _"]],
     new_tokens: int,
     stop: int | None,
     mesh: Mesh,

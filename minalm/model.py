@@ -213,7 +213,7 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
         return scale * jax.random.normal(next(keys), shape, jnp.float32)
 
     def identity(*stack):
-        return jnp.full((*stack, config.embed), 0.0 if config.norm_plus_one else 1.0)
+        return jnp.full((*stack, config.embed), 0.0 if config.norm_plus_one else 1.0, jnp.float32)
 
     def block(*stack):
         c, out = config, 0.02 / math.sqrt(2 * config.layers)
