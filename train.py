@@ -70,7 +70,7 @@ class Config:
     teacher: Path | None = None
     """Hugging Face folder of the teacher, which is also where the student starts from. Without one (a pretraining run)
     only sft is possible."""
-    student_tokenizer: Path | Literal["bytes"] = "bytes"
+    student_tokenizer: Literal["bytes"] | Path = "bytes"
     """What the student reads: bytes, or a tokenizer.json (or its folder)."""
     student_weights: Literal["transfer", "random"] = "transfer"
     """Start from the teacher's weights, or (a control) from random ones of the same shape."""
