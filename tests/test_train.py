@@ -1,0 +1,523 @@
+"""Runs from the command line to the student's folder, on a tiny model: what is written, going on, and bad input."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_tokenizers as small
+import yaml
+from safetensors.numpy import load_file, save_file
+
+import train
+from minalm import hf
+from minalm.data import make_batch
+from minalm.evaluate import measure
+from minalm.model import ModelConfig, initialize
+from minalm.ngrams import longest_suffix
+from minalm.sharding import make_mesh, place
+from minalm.stdlib_text import train_bpe
+from minalm.student import load_vocabularies
+from minalm.text import read_corpus
+from minalm.vocab import load_vocabulary
+
+WORDS = ["the", "cat", "model", "token", "byte", "reads", "writes", "two", "of", "and", "é", "日本", "for"]
+
+
+def documents(seed: int, count: int) -> list[str]:
+    chosen = random.Random(seed)
+    return [" ".join(chosen.choice(WORDS) for _ in range(30)) + ".\n" for _ in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What runs read. `untied` and `tied` are teachers; `tokenizer` is another one of 300 entries."""
+
+    untied: Path
+    tied: Path
+    tokenizer: Path
+    data: Path
+    held_out: Path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    root = tmp_path_factory.mktemp("files")
+    train_bpe(documents(0, 40), 288, root / "own")
+    train_bpe(documents(1, 40), 300, root / "other")
+    tokenizer = {path.name: path.read_bytes() for path in (root / "own").iterdir()}
+    for tied in (False, True):
+        config = ModelConfig(
+            vocab_size=288,
+            embed=24,
+            mlp=36,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_dim=6,
+            windows=(None,) * 3,
+            tied=tied,
+        )
+        model = jax.device_get(initialize(config, jax.random.key(tied)))
+        model = jax.tree.map(lambda leaf: 6 * leaf if leaf.ndim > 1 and leaf.std() > 0 else leaf, model)
+        hf.save(root / ("tied" if tied else "untied"), model, "float32", files=tokenizer)
+    for name, seed in (("data.jsonl", 2), ("held_out.jsonl", 3)):
+        lines = [json.dumps({"text": text}) for text in documents(seed, 20)]
+        (root / name).write_text("\n".join(lines))
+    return Files(root / "untied", root / "tied", root / "other", root / "data.jsonl", root / "held_out.jsonl")
+
+
+def arguments(files: Files, out: Path, **changes: object) -> list[str]:
+    """A command line. `a__b=1` is --a.b 1, `a=True` is --a, and None leaves a setting out."""
+    settings = {
+        "out": out,
+        "teacher": files.untied,
+        "data": files.data,
+        "steps": 4,
+        "warmup_steps": 1,
+        "batch_size": 4,
+        "piece_bytes": 64,
+        "student_length": 64,
+        "teacher_length": 32,
+        "evaluation_rows": 8,
+        "mesh__fsdp": 1,
+        "log_interval": 1,
+        "save_interval": 2,
+        "samples": 0,
+        "losses__latents": 1,
+        **changes,
+    }
+    words = ["quickstart", "--no-stdlib"]
+    for name, value in settings.items():
+        if value is not None:
+            words.append("--" + name.replace("__", ".").replace("_", "-"))
+            words += [] if value is True else [str(value)]
+    return words
+
+
+def run(files: Files, out: Path, **changes: object) -> None:
+    train.cli(arguments(files, out, **changes))
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    return load_file(out / "hf" / "model.safetensors")
+
+
+@contextlib.contextmanager
+def interrupted(after: int):
+    """Ends a run when the line of step `after` has been written."""
+    write = train.MetricsFile.write
+
+    def stop(self, step, metrics):
+        write(self, step, metrics)
+        if step == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.MetricsFile, "write", stop)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory) -> Path:
+    """A byte student by all three losses, trained for 4 steps."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    run(files, out, held_out=files.held_out, samples=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(files, tmp_path_factory) -> Path:
+    """The same run, ended after step 3 with the checkpoint of step 2."""
+    out = tmp_path_factory.mktemp("runs") / "stopped"
+    with interrupted(after=3):
+        run(files, out, held_out=files.held_out)
+    assert [row["step"] for row in lines(out)] == [1, 2, 3] and not (out / "hf").exists()
+    return out
+
+
+# --- what a run writes --------------------------------------------------------------------------------------------
+
+
+def test_outputs(finished, files):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "hf",
+    }
+    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    assert settings["steps"] == 4 and settings["losses"]["latents"] == 1 and settings["teacher"] == str(files.untied)
+    assert settings["data"] == [str(files.data)] and settings["mesh"] == {"fsdp": 1, "tp": 1}
+    rows = lines(finished)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    names = {f"{kind}/{loss}" for kind in ("loss", "weight") for loss in ("sft", "alm", "latents")}
+    for row in rows:
+        assert row.keys() == names | {"step", "bits_per_byte", "gradient_norm", "learning_rate", "dropped"}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary.keys() == {"bits_per_byte", "agreement", "steps", "seconds"}
+    assert summary["bits_per_byte"].keys() == {"teacher", "student_start", "student_end"}
+    assert summary["agreement"].keys() == {"student_start", "student_end"}
+    assert summary["steps"] == 4 and summary["seconds"] > 0
+    assert summary["bits_per_byte"]["student_end"] < summary["bits_per_byte"]["student_start"]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.is_dir()) == ["2", "4"]
+
+
+def test_the_folder_alone_gives_the_same_bits_per_byte(finished, files):
+    vocabulary, original = load_vocabularies(finished / "hf")
+    model, teacher = hf.load(finished / "hf", np.float32), hf.load(files.untied, np.float32)
+    assert model.config.vocab_size == vocabulary.size == 258 and model.config.expansion_size == 288
+    teacher_vocabulary = load_vocabulary(files.untied)
+    ngrams = longest_suffix(original, vocabulary)
+    corpus = read_corpus([files.held_out], 64)
+    batches = [
+        make_batch(corpus.batch(0, number, 4), vocabulary, teacher_vocabulary, ngrams, 64, 32)[0] for number in range(2)
+    ]
+    mesh = make_mesh(1, 1)
+    entries = [train.entries_of(v, m) for v, m in ((vocabulary, model), (teacher_vocabulary, teacher))]
+    placed = [place(part, mesh) for part in (model, teacher, *entries)]
+    found = measure(*placed, batches, mesh, jnp.dtype(jnp.float32))
+    summary = json.loads((finished / "summary.json").read_text())
+    np.testing.assert_allclose(found["student"], summary["bits_per_byte"]["student_end"], rtol=1e-6)
+    np.testing.assert_allclose(found["teacher"], summary["bits_per_byte"]["teacher"], rtol=1e-6)
+    np.testing.assert_allclose(found["agreement"], summary["agreement"]["student_end"], rtol=1e-6)
+
+
+def test_the_frozen_expansion_is_the_teachers_table(finished, files):
+    teacher = load_file(files.untied / "model.safetensors")
+    student = weights(finished)
+    np.testing.assert_array_equal(student["model.expand_embed_tokens.weight"], teacher["model.embed_tokens.weight"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert np.abs(student[name] - teacher[name]).max() > 1e-5
+
+
+GOLDEN = {  # of steps 1 and 3
+    "loss/sft": (5.71301, 5.487796),
+    "loss/alm": (0.7226791, 0.7503101),
+    "loss/latents": (0.7616361, 0.7307763),
+    "weight/sft": (0.08259043, 0.08679768),
+    "weight/alm": (0.8391199, 0.8484976),
+    "weight/latents": (0.07828972, 0.06470469),
+    "bits_per_byte": (8.24342, 7.916789),
+    "gradient_norm": (0.3362328, 0.3459319),
+}
+
+
+def test_golden_metrics(finished):
+    """The numbers of one run. If a change of what is computed, or of the order of the data, was intended, put the new
+    ones in the place of these; if not, this has found a mistake."""
+    rows = lines(finished)
+    found = {name: (rows[0][name], rows[2][name]) for name in GOLDEN}
+    for name, pair in GOLDEN.items():
+        np.testing.assert_allclose(found[name], pair, rtol=1e-4, err_msg=f"{name}: see the docstring; found {found}")
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_bit_for_bit(finished, stopped, files, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    run(files, out, held_out=files.held_out, resume=True)
+    assert lines(out) == lines(finished)
+    expected, found = weights(finished), weights(out)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    results = [json.loads((folder / "summary.json").read_text()) for folder in (finished, out)]
+    assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+
+
+def test_a_run_goes_on_on_another_mesh(finished, stopped, files, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    run(files, out, held_out=files.held_out, resume=True, mesh__fsdp=2, mesh__tp=2)
+    expected, found = weights(finished), weights(out)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4, err_msg=name)
+    for row, other in zip(lines(out), lines(finished), strict=True):
+        np.testing.assert_allclose([*row.values()], [*other.values()], rtol=1e-3)
+
+
+def test_going_on_with_a_finished_run_writes_its_result_again(finished, files, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "hf")
+    run(files, out, held_out=files.held_out, resume=True, samples=1)
+    assert lines(out) == lines(finished)
+    for name, value in weights(finished).items():
+        np.testing.assert_array_equal(weights(out)[name], value)
+
+
+def test_batches_depend_on_seed_and_step_alone(files, tmp_path):
+    config = dataclasses.replace(
+        train.PRESETS["quickstart"][1], out=tmp_path, teacher=files.untied, data=(files.data,), piece_bytes=64
+    )
+    inputs = train.load_inputs(config)
+
+    def batch(seed, step):
+        return [
+            leaf.tobytes() for leaf in jax.tree.leaves(inputs.batch(config, inputs.training.batch(seed, step, 4))[0])
+        ]
+
+    assert batch(0, 3) == batch(0, 3) and batch(0, 3) != batch(0, 4) and batch(0, 3) != batch(1, 3)
+
+
+# --- other runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ("tied", "untied"))
+def test_a_subword_student(files, tmp_path, kind):
+    teacher = getattr(files, kind)
+    run(files, tmp_path / "run", teacher=teacher, student_tokenizer=files.tokenizer, steps=1, losses__sft=0)
+    student = hf.load(tmp_path / "run" / "hf", np.float32)
+    vocabulary, original = load_vocabularies(tmp_path / "run" / "hf")
+    assert original is None and vocabulary.size == student.config.vocab_size == 300
+    assert student.config.tied == (kind == "tied") and student.config.expansion_size is None
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1] and "loss/sft" not in rows[0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["bits_per_byte"] == {"teacher": None, "student_start": None, "student_end": None}
+
+
+def test_pretraining_without_a_teacher(files, tmp_path, monkeypatch):
+    tiny = hf.read_config(files.tied / "config.json")
+    preset = dataclasses.replace(train.PRESETS["quickstart-teacher"][1], architecture=tiny, stdlib=False)
+    monkeypatch.setitem(train.PRESETS, "quickstart-teacher", ("tiny", preset))
+    words = arguments(
+        files,
+        tmp_path / "run",
+        teacher=None,
+        losses__latents=None,
+        student_tokenizer=files.tied,
+        held_out=files.held_out,
+        samples=1,
+        save_interval=4,
+    )
+    compiled = []
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: compiled.append(1) or step(*a))
+    train.cli(["quickstart-teacher", *words[2:]])
+    assert len(compiled) == 1  # traced once: the state that comes out is as the one that went in
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["loss/sft"] < rows[0]["loss/sft"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["bits_per_byte"]["teacher"] is None
+    assert summary["bits_per_byte"]["student_end"] < summary["bits_per_byte"]["student_start"]
+    assert hf.load(tmp_path / "run" / "hf", np.float32).config == tiny
+
+
+def test_overwrite_replaces_a_run(files, tmp_path):
+    run(files, tmp_path / "run", steps=2, losses__latents=0)
+    run(files, tmp_path / "run", steps=1, losses__latents=0, overwrite=True)
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1]
+
+
+def test_texts_that_one_side_cannot_spell_are_counted(files, tmp_path, capsys):
+    # SentencePiece writes a space as U+2581, so that it cannot spell a text that holds one.
+    kind = small.sentencepiece(True)
+    small.save(tmp_path / "tokenizer", kind, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    vocabulary = load_vocabulary(tmp_path / "tokenizer")
+    config = dataclasses.replace(hf.read_config(files.tied / "config.json"), vocab_size=vocabulary.size)
+    tokenizer = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
+    hf.save(tmp_path / "teacher", jax.device_get(initialize(config, jax.random.key(0))), "float32", files=tokenizer)
+    texts = ["the user said", "a \u2581 b", "hello there", "the model"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    changes = {"teacher": tmp_path / "teacher", "data": tmp_path / "data.jsonl", "losses__latents": 0, "steps": 3}
+    run(files, tmp_path / "run", **changes)
+    assert [row["dropped"] for row in lines(tmp_path / "run")] == [1, 2, 3]
+    assert "3 texts were left out" in capsys.readouterr().out
+    with interrupted(after=2):
+        run(files, tmp_path / "stopped", **changes, save_interval=1)
+    run(files, tmp_path / "stopped", **changes, resume=True)
+    assert [row["dropped"] for row in lines(tmp_path / "stopped")] == [1, 2, 3]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def refused(words: list[str]) -> str:
+    """The sentence that a command line is refused with."""
+    with pytest.raises(SystemExit) as error:
+        train.cli(words)
+    assert isinstance(error.value.code, str), error.value.code  # printed to stderr, exit code 1
+    sentence = error.value.code
+    assert sentence.startswith("error: ") and "\n" not in sentence
+    return sentence
+
+
+def test_bad_settings(files, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = (
+        ({"data": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
+        ({"data": None}, "no text to train on"),
+        ({"data": empty}, "no .txt or .jsonl file below"),
+        ({"held_out": tmp_path / "none.txt"}, "none.txt does not exist"),
+        ({"teacher": tmp_path / "none"}, "none"),
+        ({"student_tokenizer": tmp_path / "none"}, "none does not exist"),
+        ({"mesh__tp": 3}, "parameter .* does not divide"),
+        ({"mesh__fsdp": 16}, "needs 16 devices but there are 8"),
+        ({"mesh__fsdp": 3}, "--batch-size 4 rows do not divide over --mesh.fsdp 3"),
+        ({"resume": True}, "there is no run in .* start it without --resume"),
+        ({"resume": True, "overwrite": True}, "choose one"),
+        ({"steps": 0}, "--steps is 0: it must be at least 1"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"save_interval": 0}, "--save-interval is 0"),
+        ({"piece_bytes": 5}, "pieces of 5 bytes are too short"),
+        ({"losses__tau": 0}, "--losses.tau must be above 0"),
+        ({"losses__gamma": -1}, "--losses.gamma is -1.0: it must be at least 0"),
+        ({"losses__alpha": 1}, "--losses.alpha must be above 0 and not 1"),
+        ({"losses__sft": 0, "losses__alm": 0, "losses__latents": 0}, "every loss has weight 0"),
+    )
+    for changes, sentence in cases:
+        found = refused(arguments(files, tmp_path / "run", **changes))
+        assert re.search(sentence, found), (changes, found)
+        assert not (tmp_path / "run").exists(), changes
+
+
+def test_bad_presets(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no text to train on: name .txt or .jsonl files with --data" in refused(["gemma2-2b-it-byte"])
+    data = ["--data", str(files.data), "--mesh.fsdp", "1", "--mesh.tp", "1"]
+    assert "gemma-2-2b-it" in refused(["gemma2-2b-it-byte", *data])
+    for loss in ("alm", "latents"):
+        found = refused(["quickstart-teacher", f"--losses.{loss}", "1"])
+        assert "alm and latents need a teacher: give --teacher, or" in found
+    assert "name one with --student-tokenizer" in refused(["quickstart-teacher", "--student-tokenizer", "bytes"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    (
+        ("latin.txt", "é".encode("latin-1"), "latin.txt is not UTF-8"),
+        ("broken.jsonl", b'{"text": "good"}\n{"text": \n', "broken.jsonl, line 2: not JSON"),
+        ("other.jsonl", b'{"content": "x"}\n', "other.jsonl, line 1: neither `text` nor `messages`"),
+        (
+            "role.jsonl",
+            b'{"messages": [{"role": "tool", "content": "x"}]}\n',
+            "role.jsonl, line 1: unknown role 'tool'",
+        ),
+        ("text.csv", b"x", "text.csv is neither .txt nor .jsonl"),
+        ("empty.txt", b"", "there is no text in"),
+    ),
+)
+def test_bad_text(files, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    assert sentence in refused(arguments(files, tmp_path / "run", data=tmp_path / name))
+    assert not (tmp_path / "run").exists()
+
+
+def change_tensors(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def change_json(name, change):
+    def damage(folder):
+        values = json.loads((folder / name).read_text())
+        change(values)
+        (folder / name).write_text(json.dumps(values))
+
+    return damage
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    (
+        (change_tensors(lambda t: t.pop(NORM)), f"lacks the tensor {NORM}"),
+        (change_tensors(lambda t: t.update(extra=np.zeros(2, np.float32))), "holds the tensor extra"),
+        (change_tensors(lambda t: t.update({NORM: np.zeros(7, np.float32)})), f"the tensor {NORM} has the shape (7,)"),
+        (change_json("config.json", lambda c: c.update(attention_bias=True)), "'attention_bias' is True"),
+        (change_json("config.json", lambda c: c.update(model_type="mamba")), "'model_type' is 'mamba'"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+        (
+            change_json("tokenizer.json", lambda t: t["model"].update(vocab={"a": 0}, merges=[])),
+            "cannot spell every text",
+        ),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_teachers(files, tmp_path, damage, sentence):
+    shutil.copytree(files.untied, tmp_path / "teacher")
+    damage(tmp_path / "teacher")
+    assert sentence in refused(arguments(files, tmp_path / "run", teacher=tmp_path / "teacher"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_exists_is_left_alone(finished, files, tmp_path):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert "exists: go on with --resume" in refused(arguments(files, finished))
+    changed = arguments(files, finished, held_out=files.held_out, resume=True, learning_rate=1.0)
+    assert "--learning-rate is 1.0 but the run in" in refused(changed)
+    changed = arguments(files, finished, held_out=files.held_out, resume=True, losses__tau=7)
+    assert "--losses is" in refused(changed)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_text("keep")
+    assert "is not a run of this program" in refused(arguments(files, other, overwrite=True))
+    assert "there is no run in" in refused(arguments(files, other, resume=True))
+    assert (other / "precious").read_text() == "keep"
+    broken = arguments(files, finished, overwrite=True, data=tmp_path / "none.txt")
+    assert "none.txt does not exist" in refused(broken)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_numbers_that_are_not_finite_stop_the_run(files, tmp_path):
+    found = refused(arguments(files, tmp_path / "run", learning_rate="1e30", save_interval=1))
+    assert "gave numbers that are not finite" in found and "--clip-norm" in found
+    rows = lines(tmp_path / "run")
+    assert rows and all(np.isfinite(list(row.values())).all() for row in rows)
+    saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert max(saved) == rows[-1]["step"]  # nothing is saved after it
+    assert not (tmp_path / "run" / "hf").exists() and not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_settings_that_do_not_exist_are_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        train.cli(["--no-such-setting", "1"])
+    assert error.value.code not in (0, None)
+
+
+def test_help_of_the_program():
+    program = Path(train.__file__)
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    for preset in train.PRESETS:
+        assert preset in done.stdout
+    failed = subprocess.run(
+        [sys.executable, program, "--data", "none.txt", "--steps", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert failed.returncode == 1 and failed.stderr == "error: --steps is 0: it must be at least 1\n"
