@@ -41,6 +41,15 @@ LONGEST, NEW = 7, 6
 ENTRIES = Entries(np.arange(44) < 40, np.arange(44) % 5 == 2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half the time: XLA leaves out most optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
 def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
     model = initialize(config, jax.random.key(seed))
     return jax.tree.map(lambda leaf: 12.0 * leaf if leaf.ndim > 1 and leaf.std() > 0 else leaf, model)
