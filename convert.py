@@ -69,8 +69,9 @@ def write(
     """Writes the model of `folder` on the vocabulary `new` and reports what its tables were made of."""
     if out.exists():
         raise InputError(f"{out} exists already: name another folder or remove it")
-    plan = plan_transfer(old, new)
     teacher = hf.load(folder, hf.DTYPES[dtype])
+    old.boundary_mask(teacher.config.vocab_size)  # raises if the tokenizer has more ids than the table has rows
+    plan = plan_transfer(old, new)
     model = student.student_from_teacher(teacher, plan, expansion, tied, new.size, seed)
     kept = student.read_chat_template(folder), student.read_max_length(folder)
     student.save(out, model, new, old if expansion else None, dtype, *kept)
@@ -124,8 +125,7 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(verbs, description=__doc__)
     except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a language model on another tokenizer by approximate likelihood matching (ALM).
 
-    python train.py                                    # quickstart: a small subword model becomes byte-level, on a laptop
-    python train.py quickstart --losses.latents 1      # every setting is a flag; `python train.py quickstart --help`
+    python train.py                                  # quickstart: a small subword model becomes byte-level
+    python train.py quickstart --losses.latents 1    # every setting is a flag; `python train.py quickstart --help`
     python train.py smollm2-135m-byte --teacher SmolLM2-135M-Instruct --data chats.jsonl
     python train.py gemma2-2b-it-byte --data tulu3.jsonl --out runs/gemma --resume
 
@@ -11,6 +11,7 @@ Read it from top to bottom: the settings, the step, the run. The arithmetic is i
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import sys
 import time
@@ -35,13 +36,31 @@ from minalm.model import ModelConfig, Remat, Transformer, initialize, pick
 from minalm.ngrams import LongestSuffix, longest_suffix
 from minalm.sharding import ROWS, P, make_mesh, place, place_rows, shardings, specs
 from minalm.stdlib_text import stdlib_documents
-from minalm.student import load_vocabularies, read_chat_template, save, student_from_teacher
+from minalm.student import load_vocabularies, read_chat_template, save, student_from_teacher, tokenizer_json
 from minalm.text import Control, Corpus, InputError, Piece, Segment, read_corpus, text_corpus
 from minalm.transfer import plan_transfer
 from minalm.types import Batch, Tokens, TokenStats
 from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
 
 HERE = Path(__file__).parent
+LOWEST = {  # the smallest value that makes sense; a row of one token has nothing to predict
+    "steps": 1,
+    "batch_size": 1,
+    "student_length": 2,
+    "teacher_length": 2,
+    "evaluation_rows": 1,
+    "evaluation_skip": 0,
+    "learning_rate": 0.0,
+    "warmup_steps": 0,
+    "beta1": 0.0,
+    "beta2": 0.0,
+    "epsilon": 0.0,
+    "weight_decay": 0.0,
+    "seed": 0,
+    "log_interval": 1,
+    "save_interval": 1,
+    "samples": 0,
+}
 MAY_CHANGE = ("resume", "overwrite", "out", "mesh", "log_interval", "save_interval", "samples")  # at a --resume
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
@@ -53,7 +72,8 @@ class MeshConfig:
     """How the devices are arranged."""
 
     fsdp: int | None = None
-    """Devices that divide the rows of a batch and the storage of parameters. Default: all that --mesh.tp leaves."""
+    """Devices that divide the rows of a batch and the storage of parameters. Default: as many as there are for each
+    --mesh.tp and divide the batch."""
     tp: int = 1
     """Devices that divide heads, MLP and vocabulary."""
 
@@ -85,7 +105,7 @@ class Config:
     held_out: tuple[Path, ...] = ()
     """Text for the evaluation at both ends of the run, in the same forms."""
     stdlib: bool = False
-    """Where --data or --held-out name no files: the sources of Python's standard library, split by a hash of their paths."""
+    """Where --data or --held-out name no files: the sources of Python's standard library, split by a hash of paths."""
     stdlib_fraction: float = 1.0
     """Share of the standard library's training documents that the student sees."""
     mask_prompt: bool = False
@@ -140,13 +160,23 @@ class Config:
     def check(self) -> None:
         """Raises InputError for settings that do not go together. (In __post_init__, tyro would wrap the sentence.)"""
         self.losses.check()
-        for name in ("steps", "batch_size", "student_length", "teacher_length", "log_interval", "save_interval"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{_flag(name)} is {getattr(self, name)}: it must be at least 1")
+        for name, low in LOWEST.items():
+            if not low <= getattr(self, name) < np.inf:
+                raise InputError(f"{_flag(name)} is {getattr(self, name)}: it must be a number of at least {low}")
+        if not 0.0 < self.stdlib_fraction <= 1.0:
+            raise InputError(f"--stdlib-fraction is {self.stdlib_fraction}: it must be above 0 and at most 1")
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
+            raise InputError(f"--clip-norm is {self.clip_norm}: it must be above 0, or None for no clipping")
+        if self.train_expansion and not self.expansion:
+            raise InputError("--train-expansion trains a table that --no-expansion leaves out: choose one")
         if not self.data and not self.stdlib:
             raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite removes it: choose one")
+        if self.teacher is not None and self.architecture is not None:
+            raise InputError(
+                "this preset pretrains an architecture of its own: use another one to start from --teacher"
+            )
         if self.teacher is None:
             if self.losses.needs_teacher:
                 raise InputError("alm and latents need a teacher: give --teacher, or --losses.alm 0 --losses.latents 0")
@@ -160,9 +190,36 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-HEADLINE = dict(  # what both published byte models were trained with
+HEADLINE = dict(  # what both published byte models were trained with, written out whatever the defaults are
     steps=20_000,
-    losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
+    batch_size=32,
+    piece_bytes=2048,
+    student_length=2048,
+    teacher_length=512,
+    losses=LossConfig(
+        sft=1.0,
+        alm=1.0,
+        latents=1.0,
+        balance="gradmag",
+        preserve_magnitude=True,
+        chunks="merged",
+        debias=True,
+        gamma=0.1,
+        divergence="binary_ce",
+        tau=100.0,
+        latents_layers="last",
+        latents_norm="l2_channelwise",
+    ),
+    expansion=True,
+    train_expansion=False,
+    learning_rate=3e-5,
+    warmup_steps=2_000,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=1e-8,
+    weight_decay=0.0,
+    clip_norm=None,
+    compute_dtype="bfloat16",
     mesh=MeshConfig(fsdp=4, tp=4),
     remat="dots",
 )
@@ -175,12 +232,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
             train_expansion=True,
             stdlib=True,
             stdlib_fraction=0.25,
-            steps=1_300,
+            steps=1_500,
             batch_size=4,
             piece_bytes=384,
             student_length=384,
             teacher_length=128,
-            learning_rate=4e-3,
+            learning_rate=6e-3,
             warmup_steps=50,
             compute_dtype="float32",
             save_interval=500,
@@ -355,6 +412,9 @@ class Inputs:
     ngrams: LongestSuffix | None
     student: Transformer
     teacher: Transformer | None
+    student_entries: head.Entries
+    teacher_entries: head.Entries | None
+    chat_template: str | None
 
     def batch(self, config: Config, pieces: list[Piece]) -> tuple[Batch, int]:
         lengths = config.student_length, config.teacher_length
@@ -364,7 +424,7 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Reads everything that a run needs; nothing is written before all of it is known to be good."""
 
-    def corpus(files: tuple[Path, ...], split: Literal["training", "held_out"]) -> Corpus | None:
+    def documents(files: tuple[Path, ...], split: Literal["training", "held_out"]) -> Corpus | None:
         if files:
             return read_corpus(files, config.piece_bytes, config.mask_prompt)
         if not config.stdlib:
@@ -373,11 +433,17 @@ def load_inputs(config: Config) -> Inputs:
             stdlib_documents(split, config.stdlib_fraction if split == "training" else 1.0), config.piece_bytes
         )
 
-    training, held_out = corpus(config.data, "training"), corpus(config.held_out, "held_out")
-    teacher = teacher_vocabulary = ngrams = None
+    training, held_out = documents(config.data, "training"), documents(config.held_out, "held_out")
+    if held_out is not None and config.evaluation_skip >= len(held_out):
+        raise InputError(
+            f"--evaluation-skip {config.evaluation_skip} passes over all {len(held_out)} held-out rows: lower it"
+        )
+    teacher = teacher_vocabulary = teacher_entries = ngrams = chat_template = None
     if config.teacher is not None:
         teacher_vocabulary, _ = load_vocabularies(config.teacher)
         teacher = hf.load(config.teacher, np.float32)
+        teacher_entries = entries_of(teacher_vocabulary, teacher)
+        chat_template = read_chat_template(config.teacher)
     if config.student_tokenizer != "bytes":
         vocabulary = load_vocabulary(config.student_tokenizer)
         if teacher_vocabulary is not None:
@@ -396,10 +462,29 @@ def load_inputs(config: Config) -> Inputs:
         student = student_from_teacher(teacher, plan, ngrams is not None, tied, rows, config.seed)
         if config.student_weights == "random":
             student = initialize(student.config, jax.random.key(config.seed))
-    return Inputs(training, held_out, vocabulary, teacher_vocabulary, ngrams, student, teacher)
+    if student.config.layers < 2:
+        raise InputError(f"{config.teacher} has one layer: use a model of at least two, the last of which stands apart")
+    tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
+    for corpus in (training, held_out):
+        for side in (vocabulary, teacher_vocabulary):
+            if corpus is not None and corpus.has_chats and side is not None:
+                side.part_ids("header_open")  # raises if it cannot write chats
+    return Inputs(
+        training,
+        held_out,
+        vocabulary,
+        teacher_vocabulary,
+        ngrams,
+        student,
+        teacher,
+        entries_of(vocabulary, student),
+        teacher_entries,
+        chat_template,
+    )
 
 
 def entries_of(vocabulary: Vocabulary, model: Transformer) -> head.Entries:
+    """What is known of each row of a model's table. Raises InputError if the tokenizer has more."""
     rows = model.config.vocab_size
     return head.Entries(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
 
@@ -409,15 +494,26 @@ def plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names of their flags."""
+    result = {}
+    for name, value in settings.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
+
+
 def check_folder(config: Config) -> None:
     """Raises InputError unless --out is free, or holds a run and the settings say what to do with it."""
     out, file = config.out, config.out / "config.yaml"
     if config.resume:
         if not file.exists():
             raise InputError(f"there is no run in {out} to go on with: start it without --resume")
-        before = yaml.safe_load(file.read_text())
-        for name, value in plain(config).items():
-            if name not in MAY_CHANGE and value != before.get(name):
+        try:
+            before = flat(yaml.safe_load(file.read_text("utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise InputError(f"{file} is not as this program wrote it: start again under another --out") from error
+        for name, value in flat(plain(config)).items():
+            if name.split(".")[0] not in MAY_CHANGE and value != before.get(name):
                 raise InputError(
                     f"{_flag(name)} is {value} but the run in {out} has {before.get(name)}: "
                     "give the same settings, or another --out"
@@ -442,11 +538,14 @@ class MetricsFile:
     """metrics.jsonl: one object a logged step. A run that goes on first drops what lies behind its checkpoint."""
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        last = json.loads(kept[-1]) if kept else {"seconds": 0.0, "dropped": 0}
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # the last may have been cut off
+        kept = [(line, metrics) for line, metrics in whole if metrics["step"] <= step]
+        last = kept[-1][1] if kept else {"seconds": 0.0, "dropped": 0}
         self.seconds_before, self.dropped_before = last["seconds"], last["dropped"]
-        path.write_text("".join(line + "\n" for line in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line for line, _ in kept))
+        partial.replace(path)
         self.path, self.start = path, time.monotonic()
 
     @property
@@ -463,8 +562,10 @@ def main(config: Config) -> None:
     # 1. Everything that can be wrong is found here, before anything is written.
     config.check()
     check_folder(config)
-    fsdp = config.mesh.fsdp or max(1, jax.device_count() // config.mesh.tp)
-    mesh = make_mesh(fsdp, config.mesh.tp)
+    fsdp, tp = config.mesh.fsdp, config.mesh.tp
+    if fsdp is None:
+        fsdp = math.gcd(config.batch_size, max(1, jax.device_count() // max(1, tp)))
+    mesh = make_mesh(fsdp, tp)
     if config.batch_size % fsdp:
         raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
     inputs = load_inputs(config)
@@ -480,8 +581,8 @@ def main(config: Config) -> None:
     fixed = Fixed(
         student=jax.tree.map(lambda leaf: leaf.astype(dtype), frozen),
         teacher=jax.tree.map(lambda leaf: leaf.astype(dtype), inputs.teacher),
-        student_entries=entries_of(inputs.student_vocabulary, inputs.student),
-        teacher_entries=inputs.teacher and entries_of(inputs.teacher_vocabulary, inputs.teacher),
+        student_entries=inputs.student_entries,
+        teacher_entries=inputs.teacher_entries,
     )
     fixed, student = place(fixed, mesh), place(student, mesh)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
@@ -508,9 +609,12 @@ def main(config: Config) -> None:
         report.show_alignment(batch_of(0)[0], inputs.student_vocabulary, inputs.teacher_vocabulary)
 
     def evaluate(state: State) -> dict[str, float]:
-        first, count = (-(-rows // config.batch_size) for rows in (config.evaluation_skip, config.evaluation_rows))
-        pieces = (inputs.held_out.batch(0, number, config.batch_size) for number in range(first, first + count))
-        batches = (inputs.batch(config, rows)[0] for rows in pieces)
+        last = min(config.evaluation_skip + config.evaluation_rows, len(inputs.held_out))
+        rows = inputs.held_out.batch(0, 0, last)[config.evaluation_skip :]
+        rows += [()] * (-len(rows) % config.batch_size)  # an empty piece is a row without weight
+        batches = (
+            inputs.batch(config, rows[i : i + config.batch_size])[0] for i in range(0, len(rows), config.batch_size)
+        )
         model = eqx.combine(state.student, fixed.student)
         return measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
 
@@ -570,11 +674,11 @@ def main(config: Config) -> None:
         inputs.student_vocabulary,
         None if inputs.ngrams is None else inputs.teacher_vocabulary,
         config.compute_dtype,
-        chat_template=config.teacher and read_chat_template(config.teacher),
+        chat_template=inputs.chat_template,
         max_length=config.student_length,
     )
     bits = {"teacher": None, "student_start": None, "student_end": None}
-    agreement = dict(bits)
+    agreement = {"student_start": None, "student_end": None}
     if inputs.held_out:
         end = evaluate(state)
         bits = {"teacher": start.get("teacher"), "student_start": start["student"], "student_end": end["student"]}
@@ -591,10 +695,9 @@ def main(config: Config) -> None:
 
 def show_samples(config: Config, inputs: Inputs, fixed: Fixed, model: Transformer, mesh: Mesh) -> None:
     """The student continues the first bytes of some held-out pieces."""
-    texts = [
-        "".join(segment.content for segment in piece if isinstance(segment.content, str))[:120]
-        for piece in inputs.held_out.batch(1, 0, config.samples)
-    ]
+    pieces = inputs.held_out.batch(1, 0, config.samples)
+    texts = [[part.content for part in piece if isinstance(part.content, str)] for piece in pieces]
+    texts = ["".join(parts)[:120] or "\n" for parts in texts]
     pieces = [(Segment(Control("bos")), Segment(text)) for text in texts]
     vocabulary = inputs.student_vocabulary
     continued = generate(
@@ -620,6 +723,10 @@ def cli(arguments: list[str]) -> None:
         main(tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog="train.py", description=__doc__))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"error: {error.filename or 'the system'}: {error.strerror or error}: make it possible and start again"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which losses win: the quickstart's student trained by five recipes, on all of the teacher's text and on a slice of it.
+"""Which losses win: the quickstart's student by five recipes, on all of the teacher's text and on a slice of it.
 
     python benchmarks/recipes.py
 
@@ -51,11 +51,7 @@ def run(arguments: list[str], out: Path) -> dict:
     if not (out / "summary.json").exists():
         import train
 
-        train.cli(
-            ["quickstart", *arguments, "--out", str(out), "--overwrite"]
-            if out.exists()
-            else ["quickstart", *arguments, "--out", str(out)]
-        )
+        train.cli(["quickstart", *arguments, "--out", str(out), *(["--overwrite"] if out.exists() else [])])
     return json.loads((out / "summary.json").read_text())
 
 
@@ -79,7 +75,7 @@ def main(settings: Settings) -> None:
             *("--steps", str(settings.steps), "--batch-size", str(settings.batch_size)),
             *("--stdlib-fraction", str(fraction), "--learning-rate", str(rate), "--seed", str(seed)),
             *("--evaluation-rows", str(settings.rows), "--evaluation-skip", str(settings.rows if choosing else 0)),
-            *("--samples", "0", "--save-interval", str(settings.steps)),
+            *("--no-train-expansion", "--samples", "0", "--save-interval", str(settings.steps)),
         ]
         return pool.submit(run, arguments, settings.out / name)
 
@@ -108,9 +104,8 @@ def main(settings: Settings) -> None:
             f"| {spread(differences)} |",
             flush=True,
         )
-    print(
-        f"\nteacher: {summaries[0]['bits_per_byte']['teacher']:.3f}; student before: {summaries[0]['bits_per_byte']['student_start']:.3f}"
-    )
+    ends = summaries[0]["bits_per_byte"]
+    print(f"\nteacher: {ends['teacher']:.3f}; student before: {ends['student_start']:.3f}")
 
 
 def bits(summary: dict) -> float:

@@ -22,7 +22,7 @@ def _manager(folder: Path):
 
 
 def save(folder: Path, step: int, state: PyTree) -> None:
-    """Writes the state after `step` steps; a checkpoint that was not written to the end does not exist for `restore`."""
+    """Writes the state after `step` steps; a checkpoint not written to the end does not exist for `restore`."""
     import orbax.checkpoint as ocp
 
     with _manager(folder) as manager:
@@ -51,5 +51,8 @@ def restore(folder: Path, like: PyTree) -> PyTree:
             raise InputError(f"there is no checkpoint in {folder}: start without --resume")
         try:
             return manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"the checkpoint {folder / str(step)} does not fit this run: {error}") from error
+        except Exception as error:  # Orbax raises whatever its parts raise, at the length of a page
+            raise InputError(
+                f"the checkpoint {folder / str(step)} is damaged or of another run: "
+                "remove it, or start under another --out"
+            ) from error

@@ -13,6 +13,7 @@ from minalm.head import Entries, token_stats
 from minalm.losses import chunk_sums
 from minalm.model import Transformer
 from minalm.sharding import ROWS, P, place_rows, rows_sum, specs
+from minalm.text import InputError
 from minalm.types import Batch, Tokens, TokenStats
 
 
@@ -49,6 +50,13 @@ def batch_sums(
     return {name: rows_sum(jnp.sum(jnp.where(counted, value, 0.0))) for name, value in sums.items()}
 
 
+@functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
+def _sums(models: tuple, batch: Batch, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Float32[Array, ""]]:
+    on_mesh = functools.partial(batch_sums, dtype=dtype)
+    layout = *specs(models, mesh), ROWS
+    return jax.shard_map(on_mesh, mesh=mesh, in_specs=layout, out_specs=P())(*models, batch)
+
+
 def measure(
     student: Transformer,
     teacher: Transformer | None,
@@ -58,18 +66,18 @@ def measure(
     mesh: Mesh,
     dtype: jnp.dtype,
 ) -> dict[str, float]:
-    """`student` and `teacher`: bits per byte of the text. `agreement`: mean |log p_S - log p_T| of a chunk, in nats."""
+    """`student` and `teacher`: bits per byte of the text. `agreement`: mean |log p_S - log p_T| of a chunk, in nats.
+
+    Raises InputError if the batches hold no text that is in a chunk.
+    """
     models = student, teacher, student_entries, teacher_entries
-    sums_of = jax.jit(
-        jax.shard_map(
-            functools.partial(batch_sums, dtype=dtype), mesh=mesh, in_specs=(*specs(models, mesh), ROWS), out_specs=P()
-        )
-    )
     totals: dict[str, float] = {}
     for batch in batches:
-        for name, value in jax.device_get(sums_of(*models, place_rows(batch, mesh))).items():
+        for name, value in jax.device_get(_sums(models, place_rows(batch, mesh), mesh, dtype)).items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    to_bits = 1.0 / (math.log(2.0) * max(totals["bytes"], 1.0))
+    if not totals.get("bytes"):
+        raise InputError("there is no held-out text that both tokenizers spell: give other text to evaluate on")
+    to_bits = 1.0 / (math.log(2.0) * totals["bytes"])
     result = {side: totals[side] * to_bits for side in ("student", "teacher") if side in totals}
     if teacher is not None:
         result["agreement"] = totals["difference"] / max(totals["chunks"], 1.0)

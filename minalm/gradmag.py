@@ -1,15 +1,16 @@
 """Gradients of several losses balanced by their size in the last layer (GradMag), in one forward and one backward pass.
 
-Each loss i is pulled back through the losses, the head and the last block only, to the gradient G_i of the last block and
-to a cotangent of the trunk's output. With weights from the norms of the G_i, one weighted cotangent then goes through the
-trunk. The gradients are those of the two-pass definition "weights first, then the gradient of the weighted sum".
+Each loss i is pulled back through the losses, the head and the last block only, to the gradient G_i of the last block
+and to a cotangent of the trunk's output. With weights from the norms of the G_i, one weighted cotangent then goes
+through the trunk. The gradients are those of the two-pass definition "weights first, then the gradient of the weighted
+sum".
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float32, PyTree
 
 from minalm.losses import LossConfig
 from minalm.sharding import squared_norm
@@ -45,7 +46,8 @@ def balanced_grad(
         weights = magnitude_weights(norms, config.weights, config.preserve_magnitude)
 
         def weighted(*leaves):
-            return sum(weights[i].astype(leaf.dtype) * leaf for i, leaf in enumerate(leaves))
+            total = sum(weight * leaf.astype(jnp.float32) for weight, leaf in zip(weights, leaves, strict=True))
+            return total.astype(leaves[0].dtype)
 
         tail_grad, hidden_grad = jax.tree.map(weighted, *each)
     (trunk_grad,) = pull_trunk(hidden_grad)

@@ -53,7 +53,8 @@ def token_stats(
     mass keeps its digits and its gradient however small it is.
     """
     batch, time, embed = hidden.shape
-    table = gather_channels(unembedding, hidden.dtype)
+    # Gathered in the compute dtype, but kept in the stored one: the gradients of all blocks add up in float32.
+    table = gather_channels(unembedding, hidden.dtype).astype(unembedding.dtype)
     offset = tp_offset(table.shape[0])
 
     def log_sum(exponentials, maximum, chosen):
@@ -62,7 +63,7 @@ def token_stats(
     @jax.checkpoint
     def of_block(block):
         hidden, targets = block
-        logits = block_logits(hidden, table, entries.exists, final_softcap)
+        logits = block_logits(hidden, table.astype(hidden.dtype), entries.exists, final_softcap)
         top = tp_max(jnp.max(logits, axis=-1, where=entries.boundary, initial=-jnp.inf))
         rest_top = tp_max(jnp.max(logits, axis=-1, where=~entries.boundary, initial=-jnp.inf))
         exponentials = jnp.exp(logits - jnp.where(entries.boundary, top[:, None], rest_top[:, None]))

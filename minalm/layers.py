@@ -45,7 +45,7 @@ def rope(
     positions: Int[Array, "rows time"],
     inverse_frequencies: Float[np.ndarray, " half"],
 ) -> Float[Array, "batch time heads head_dim"]:
-    """Rotary position embedding, half-split: channel i turns with channel i + head_dim / 2, as in Hugging Face weights."""
+    """Rotary position embedding, half-split: channel i turns with i + head_dim / 2, as in Hugging Face weights."""
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies
     sin, cos = jnp.sin(angles).astype(x.dtype), jnp.cos(angles).astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)

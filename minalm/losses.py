@@ -1,10 +1,11 @@
 """The losses: arithmetic on [batch, time] and [batch, chunk] arrays, averaged over the whole batch on every mesh.
 
-To add a loss: write a function from what `loss_terms` has at hand to (sum over local rows, local count), give it a weight
-in LossConfig, and add its line to `loss_terms`.
+To add a loss: write a function of what `loss_terms` has at hand that ends in `global_mean`, give it a weight in
+LossConfig and its name in LossConfig.names, and add its line to `loss_terms`.
 
-l is the log-probability of a chunk, p = exp(l / tau); subscripts T teacher, S student. Sections and equations are those of
-Minixhofer, Vulić, Ponti: Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching (arXiv 2503.20083).
+l is the log-probability of a chunk, p = exp(l / tau); subscripts T teacher, S student. Sections and equations are those
+of Minixhofer, Vulić, Ponti: Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching (arXiv
+2503.20083).
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class LossConfig:
     latents: float = 0.0
     """Weight of the distance between hidden states at chunk ends."""
     balance: Literal["gradmag", "fixed"] = "gradmag"
-    """gradmag: divide each loss by the norm of its gradient in the last layer, times its weight; fixed: weights alone."""
+    """gradmag: each loss's weight over the norm of its gradient in the last layer; fixed: the weights alone."""
     preserve_magnitude: bool = True
     """gradmag only: divide the weights by their sum, so that the total keeps the scale of one loss."""
     chunks: Literal["unconstrained", "space", "merged"] = "merged"
@@ -60,11 +61,11 @@ class LossConfig:
     def check(self) -> None:
         """Raises InputError for values that make no sense."""
         for name in ("sft", "alm", "latents", "gamma"):
-            if not getattr(self, name) >= 0.0:
-                raise InputError(f"--losses.{name} is {getattr(self, name)}: it must be at least 0")
-        if not self.tau > 0.0:
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--losses.{name} is {getattr(self, name)}: it must be a number of at least 0")
+        if not 0.0 < self.tau < math.inf:
             raise InputError("--losses.tau must be above 0: for its limit use --losses.divergence binary_kl_temp_limit")
-        if self.alpha <= 0.0 or self.alpha == 1.0:
+        if not 0.0 < self.alpha < math.inf or self.alpha == 1.0:
             raise InputError("--losses.alpha must be above 0 and not 1: for the limit 1 use binary_ce")
         if not self.names:
             raise InputError("every loss has weight 0: give one of --losses.sft, .alm, .latents a weight")
@@ -143,7 +144,7 @@ def log_one_minus_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def tempered(l: Float[Array, "*shape"], tau: float) -> Float[Array, "*shape"]:
-    """min(l / tau, 0) - 1e-6, the gradient passed straight through the min: rounding can make a sum of logs positive."""
+    """min(l / tau, 0) - 1e-6, the gradient passed straight through: rounding can make a sum of logs positive."""
     x = l / tau
     return x + jax.lax.stop_gradient(jnp.minimum(x, 0.0) - x) - BELOW_ONE
 

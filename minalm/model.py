@@ -159,9 +159,9 @@ class Transformer(eqx.Module):
         self, inputs: Int[Array, "batch time"], ngram: Int[Array, "batch time"] | None, dtype: jnp.dtype
     ) -> Float[Array, "batch time embed"]:
         """Embeddings of the inputs, plus those of the longest original subword that ends at each (byte students)."""
-        x = lookup(self.embed.astype(dtype), inputs)
+        x = lookup(self.embed, inputs, dtype)
         if self.expansion is not None:
-            x = x + lookup(self.expansion.astype(dtype), ngram)
+            x = x + lookup(self.expansion, ngram, dtype)
         return x * jnp.asarray(self.config.embedding_scale, dtype)
 
     def trunk(
@@ -206,7 +206,7 @@ def pick(
 
 
 def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
-    """Random parameters: normal with standard deviation 0.02, output projections divided by sqrt(2 * layers) (GPT-2)."""
+    """Random parameters: standard deviation 0.02, of output projections 0.02 / sqrt(2 * layers) (GPT-2)."""
     keys = iter(jax.random.split(key, 32))
 
     def normal(*shape, scale=0.02):

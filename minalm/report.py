@@ -15,7 +15,7 @@ from rich.text import Text
 from minalm.types import Batch
 from minalm.vocab import Vocabulary
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
 
 
 def show_settings(config: Any, models: Mapping[str, PyTree]) -> None:
@@ -24,8 +24,8 @@ def show_settings(config: Any, models: Mapping[str, PyTree]) -> None:
     for name, value in _settings(config):
         table.add_row(Text(name, "dim"), value)
     for name, model in models.items():
-        count = sum(leaf.size for leaf in jax.tree.leaves(model))
-        table.add_row(Text(f"parameters: {name}", "bold"), f"{count:,}")
+        if count := sum(leaf.size for leaf in jax.tree.leaves(model)):
+            table.add_row(Text(f"parameters: {name}", "bold"), f"{count:,}")
     console.print(table)
 
 

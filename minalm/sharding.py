@@ -1,4 +1,4 @@
-"""The device mesh and how arrays lie on it: the only file that knows the axis names.
+"""The device mesh and how arrays lie on it: the only file that issues collectives.
 
 Two axes. Over `fsdp` the rows of a batch are divided, and every large parameter is stored in slices that are gathered
 just before use. Over `tp` heads, hidden units of the MLP and vocabulary entries are divided. All functions that issue a
@@ -23,6 +23,8 @@ REPLICATED = P()
 
 def make_mesh(fsdp: int, tp: int) -> Mesh:
     """A mesh over the first `fsdp * tp` devices. Raises InputError when there are fewer."""
+    if min(fsdp, tp) < 1:
+        raise InputError(f"the mesh {fsdp}x{tp} has no devices: give --mesh.fsdp and --mesh.tp at least 1")
     if fsdp * tp > jax.device_count():
         raise InputError(
             f"the mesh {fsdp}x{tp} needs {fsdp * tp} devices but there are {jax.device_count()}: "
@@ -60,8 +62,8 @@ def specs(tree: PyTree, mesh: Mesh) -> PyTree:
         for size, axis in zip(leaf.shape, spec):
             if axis is not None and size % mesh.shape[axis]:
                 raise InputError(
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')} has a dimension of {size}, which "
-                    f"--mesh.{axis} {mesh.shape[axis]} does not divide: choose a mesh that does"
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')} has a dimension of {size}, "
+                    f"which --mesh.{axis} {mesh.shape[axis]} does not divide: choose a mesh that does"
                 )
         return spec
 
@@ -87,7 +89,7 @@ def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def gather(module: PyTree, dtype: jnp.dtype) -> PyTree:
-    """The module's parameters whole along `fsdp`, in the compute dtype. Cast first: half the bytes travel in bfloat16."""
+    """The module's parameters whole along `fsdp`, in the compute dtype; cast first, so that fewer bytes travel."""
 
     def whole(leaf, spec):
         leaf = leaf.astype(dtype)
@@ -104,16 +106,19 @@ def gather_channels(table: Float[Array, "vocab slice"], dtype: jnp.dtype) -> Flo
     return jax.lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
 
 
-def lookup(table: Float[Array, "vocab slice"], ids: Int[Array, "batch time"]) -> Float[Array, "batch time embed"]:
+def lookup(
+    table: Float[Array, "vocab slice"], ids: Int[Array, "batch time"], dtype: jnp.dtype
+) -> Float[Array, "batch time embed"]:
     """Rows of a table divided over `tp` by entries and over `fsdp` by channels.
 
     The ids travel to the table's slices and the found channels travel back, so that the table itself, much larger than
-    both, is never gathered.
+    both, is never gathered. Rows are cast to the compute dtype once they are found: the gradient of a row is a sum over
+    all its occurrences, thousands for a frequent byte, which bfloat16 could not add up.
     """
     ids = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
     local = ids - jax.lax.axis_index("tp") * table.shape[0]
     held = (local >= 0) & (local < table.shape[0])
-    rows = jnp.where(held[..., None], table[jnp.where(held, local, 0)], 0)
+    rows = jnp.where(held[..., None], table[jnp.where(held, local, 0)].astype(dtype), 0)
     rows = jax.lax.psum(rows, "tp")
     return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 

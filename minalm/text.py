@@ -65,6 +65,7 @@ class Corpus:
     mask_prompt: bool
     documents: Int64[np.ndarray, "documents 3"]  # source; offset and length in bytes, of the line if it is .jsonl
     pieces: Int64[np.ndarray, "pieces 3"]  # document; first unit, and the unit after the last
+    has_chats: bool  # some document has turns, which not every tokenizer can write
 
     def __len__(self) -> int:
         """The number of pieces."""
@@ -284,13 +285,14 @@ def _span(document: Piece, start: int, stop: int) -> Piece:
 
 def _cut(
     documents: Iterable[_Document], limit: int
-) -> tuple[Int64[np.ndarray, "documents 3"], Int64[np.ndarray, "pieces 3"]]:
-    """The tables of a Corpus."""
+) -> tuple[Int64[np.ndarray, "documents 3"], Int64[np.ndarray, "pieces 3"], bool]:
+    """The tables of a Corpus, and whether there are chats."""
     if limit < SMALLEST_LIMIT:
         raise InputError(f"pieces of {limit} bytes are too short: make room for at least {SMALLEST_LIMIT}")
     document_table, piece_table = array("q"), array("q")  # a tuple for each piece would take ten times the memory
-    number = 0
+    number, has_chats = 0, False
     for source, offset, length, parts in documents:
+        has_chats |= Control("header_open") in parts
         if not any(len(part) for part in parts if not isinstance(part, Control)):
             continue
         document_table.extend((source, offset, length))
@@ -300,7 +302,7 @@ def _cut(
             start = stop
         number += 1
     tables = (np.array(table, np.int64).reshape(-1, 3) for table in (document_table, piece_table))
-    return next(tables), next(tables)
+    return next(tables), next(tables), has_chats
 
 
 def _stops(parts: _Parts, room: int) -> Iterator[int]:

@@ -15,7 +15,9 @@ class Tokens(eqx.Module):
     inputs: Int[Array | ndarray, "batch time"]
     targets: Int[Array | ndarray, "batch time"]
     weight: Float[Array | ndarray, "batch time"]  # 1 where the target counts for next-token prediction, else 0
-    ngram: Int[Array | ndarray, "batch time"] | None  # longest original subword ending at inputs[:, t]; None: no expansion
+    ngram: (
+        Int[Array | ndarray, "batch time"] | None
+    )  # longest original subword ending at inputs[:, t]; None: no expansion
 
 
 class AlignedChunks(eqx.Module):

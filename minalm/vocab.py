@@ -219,15 +219,22 @@ def load_vocabulary(path: Path) -> Vocabulary:
         spec = json.loads(file.read_text("utf-8"))
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{file} is no tokenizer.json that the tokenizers library reads: {error}") from error
+        raise InputError(
+            f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
 
     config_file = file.with_name("tokenizer_config.json")
-    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-    added = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    control = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
+    try:
+        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        names = {part: _token_name(config.get(f"{part}_token")) for part in ("bos", "eos", "pad")}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{config_file} is no tokenizer configuration: take it from the original model") from error
+    added_tokens = spec.get("added_tokens") or []
+    added = {token["id"]: token["content"] for token in added_tokens}
+    control = {token["content"]: token["id"] for token in added_tokens if token["special"]}
     byte_level = '"ByteLevel"' in json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
     fallback: dict[int, int] = {}
 
@@ -249,7 +256,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
             "use a byte-level tokenizer or one with byte fallback"
         )
     normalizer = _unicode_normalizer(spec.get("normalizer"))
-    template = _template(control, config)
+    template = _template(control, names)
     return Vocabulary(str(path), tokenizer, normalizer, fallback, tuple(token_bytes), control, template)
 
 
@@ -308,11 +315,17 @@ def _unicode_normalizer(spec: dict | None) -> Normalizer | None:
     return Tokenizer.from_str(json.dumps({"model": model, "normalizer": normalizer})).normalizer
 
 
-def _template(control: Mapping[str, int], config: dict) -> dict[str, tuple[str, ...]]:
+def _token_name(token: str | dict | None) -> str | None:
+    """tokenizer_config.json gives a control token as its string, or as an object that holds it."""
+    name = token["content"] if isinstance(token, dict) else token
+    if not isinstance(name, str | None):
+        raise TypeError
+    return name
+
+
+def _template(control: Mapping[str, int], names: Mapping[str, str | None]) -> dict[str, tuple[str, ...]]:
     def named(part: str) -> tuple[str, ...]:
-        token = config.get(f"{part}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        return (token,) if token in control else ()
+        return (names[part],) if names[part] in control else ()
 
     rows = [row for row in _TEMPLATES if all(word in control for part in _MARKERS for word in row[part][:1])]
     if not rows:

@@ -411,3 +411,34 @@ def test_the_learning_rate_rises_and_falls():
     for warmup_steps in (3, 8):  # no longer than the run
         rate = train.learning_rate(settings(steps=3, warmup_steps=warmup_steps, learning_rate=3.0))
         np.testing.assert_allclose([float(rate(step)) for step in range(3)], [0.0, 1.0, 2.0], rtol=1e-6)
+
+
+def test_gradients_of_frequent_ids_survive_bfloat16():
+    """A row that is read or predicted thousands of times gets the sum of all its gradients, as in float32."""
+    mesh = make_mesh(1, 1)
+    key = jax.random.key(0)
+    table = jax.random.normal(key, (8, 16))
+    ids = jnp.zeros((16, 1024), jnp.int32)
+    pull = 1.0 + 0.1 * jax.random.normal(jax.random.key(1), (16, 1024, 16))
+    entries = head.Entries(jnp.ones(8, bool), jnp.arange(8) < 4)
+
+    def gradients(dtype):
+        def read(table):
+            return sharding.rows_sum(
+                sharding.tp_sum(jnp.sum(sharding.lookup(table, ids, dtype).astype(jnp.float32) * pull))
+            )
+
+        def predicted(table):
+            stats = head.token_stats(pull.astype(dtype), ids, table, entries, None)
+            return sharding.rows_sum(jnp.sum(stats.logp))
+
+        both = jax.shard_map(
+            lambda table: (jax.grad(read)(table), jax.grad(predicted)(table)),
+            mesh=mesh,
+            in_specs=P("tp", "fsdp"),
+            out_specs=P("tp", "fsdp"),
+        )
+        return jax.jit(both)(table)
+
+    for exact, rounded in zip(gradients(jnp.dtype("float32")), gradients(jnp.dtype("bfloat16")), strict=True):
+        np.testing.assert_allclose(rounded[0], exact[0], rtol=0.01, atol=0.01 * float(jnp.abs(exact[0]).max()))

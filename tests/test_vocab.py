@@ -223,7 +223,7 @@ def test_bad_tokenizers_are_named(tmp_path):
     with pytest.raises(InputError, match="missing.*does not exist"):
         load_vocabulary(tmp_path / "missing")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="tokenizers library"):
+    with pytest.raises(InputError, match="cannot be read as a tokenizer.json"):
         load_vocabulary(tmp_path)
     with pytest.raises(InputError, match="spell every text"):
         load_vocabulary(save(tmp_path / "characters", sentencepiece(False, byte_fallback=False), ["<s>"]))
