@@ -168,7 +168,11 @@ def divergence(
     tau = 1.0 if config.divergence in ("binary_kl_temp_limit", "renyi") else config.tau
     log_pt, log_ps = tempered(teacher, tau), tempered(student, tau)
     if config.divergence == "binary_kl_temp_limit":
-        return (log_pt - log_ps) + log_pt * (jnp.log(-log_ps) - jnp.log(-log_pt))
+        # (l_T - l_S) + l_T log(l_S / l_T); where both are near, the difference is taken before it can cancel.
+        excess = (log_ps - log_pt) / log_pt
+        near = jnp.abs(excess) < 0.5
+        ratio = jnp.log(-log_ps) - jnp.log(-log_pt)
+        return log_pt * (jnp.where(near, jnp.log1p(jnp.where(near, excess, 0.0)), ratio) - excess)
     if config.divergence == "abs_exp":
         return jnp.abs(jnp.exp(log_pt) - jnp.exp(log_ps))
     log_qt, log_qs = log_one_minus_exp(log_pt), log_one_minus_exp(log_ps)  # q = 1 - p
