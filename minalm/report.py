@@ -46,7 +46,9 @@ def _tokens(ids: Int[np.ndarray, " time"], chunk: Int[np.ndarray, " time"], voca
     for token, number in zip(ids.tolist(), chunk.tolist()):
         text = names.get(token) or vocabulary.token_bytes[token].decode(errors="replace")
         style = "bright_black" if number < 0 or token in names else colours[number % len(colours)]
-        shown.append(text.replace("\n", "⏎").replace("\t", "⇥") + ("" if len(text.encode()) <= 1 else "·"), style)
+        shown.append(
+            _printable(text).replace("\n", "⏎").replace("\t", "⇥") + ("" if len(text.encode()) <= 1 else "·"), style
+        )
     return shown
 
 
@@ -96,8 +98,13 @@ def show_results(bits: Mapping[str, float | None], agreement: Mapping[str, float
     console.print(table)
 
 
+def _printable(text: str) -> str:
+    """Text without what a terminal would obey: a model may write any byte."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+
+
 def show_samples(prompts: Sequence[str], continuations: Sequence[str]) -> None:
     """Prompts, dim, and what the student made of them."""
     for prompt, continuation in zip(prompts, continuations, strict=True):
-        console.print(Text(prompt, "dim") + Text(continuation, "bold"))
+        console.print(Text(_printable(prompt), "dim") + Text(_printable(continuation), "bold"))
         console.rule(style="dim")
