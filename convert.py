@@ -16,7 +16,7 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-from minalm import hf, student
+from minalm import families, hf, student
 from minalm.model import ModelConfig
 from minalm.text import InputError
 from minalm.transfer import TransferPlan, plan_transfer
@@ -69,7 +69,7 @@ def write(
     """Writes the model of `folder` on the vocabulary `new` and reports what its tables were made of."""
     if out.exists():
         raise InputError(f"{out} exists already: name another folder or remove it")
-    teacher = hf.load(folder, hf.DTYPES[dtype])
+    teacher = hf.load(folder, families.DTYPES[dtype])
     old.boundary_mask(teacher.config.vocab_size)  # raises if the tokenizer has more ids than the table has rows
     plan = plan_transfer(old, new)
     model = student.student_from_teacher(teacher, plan, expansion, tied, new.size, seed)
@@ -103,7 +103,7 @@ def origins(plan: TransferPlan) -> str:
 
 def parts(config: ModelConfig) -> dict[str, int]:
     """The number of parameters in the tables, in the layers, and in all."""
-    sizes = {leaf: math.prod(array.shape) for leaf, array in hf.leaves(hf.abstract(config)).items()}
+    sizes = {leaf: math.prod(array.shape) for leaf, array in families.leaves(families.abstract(config)).items()}
     tables = {leaf: size for leaf, size in sizes.items() if leaf in ("embed", "expansion", "unembed")}
     total = sum(sizes.values())
     return {**tables, "other": total - sum(tables.values()), "all": total}

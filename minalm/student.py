@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from minalm import hf
+from minalm import families, hf
 from minalm.model import Transformer
 from minalm.text import InputError
 from minalm.transfer import TransferPlan, transfer_rows
@@ -33,7 +33,7 @@ def student_from_teacher(
         )
     if rows < len(plan.start) - 1:
         raise ValueError(f"{rows} rows are not enough for {len(plan.start) - 1} tokens")
-    arrays = hf.leaves(teacher)
+    arrays = families.leaves(teacher)
     old_embed, old_unembed = arrays["embed"], arrays.get("unembed", arrays["embed"])
     dtype = old_embed.dtype
 
@@ -49,7 +49,7 @@ def student_from_teacher(
     config = dataclasses.replace(
         teacher.config, vocab_size=rows, tied=tied, expansion_size=len(old_embed) if expansion else None
     )
-    return hf.from_leaves(config, arrays)
+    return families.from_leaves(config, arrays)
 
 
 def save(

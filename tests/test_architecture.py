@@ -30,8 +30,9 @@ IMPORTS = {
     "gradmag": {"losses", "sharding"},
     "evaluate": {"head", "losses", "model", "sharding", "text", "types"},
     "generate": {"head", "model", "sharding"},
-    "hf": {"model", "text"},
-    "student": {"hf", "model", "text", "transfer", "vocab"},
+    "families": {"model", "text"},
+    "hf": {"families", "model", "text"},
+    "student": {"families", "hf", "model", "text", "transfer", "vocab"},
     "checkpoint": {"text"},
     "report": {"types", "vocab"},
 }

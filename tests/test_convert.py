@@ -19,7 +19,7 @@ from real_tokenizers import real_tokenizer
 from tokenizers import Tokenizer
 
 import convert
-from minalm import hf, layers, sharding, student
+from minalm import families, hf, layers, sharding, student
 from minalm.model import ModelConfig, Transformer
 from minalm.ngrams import longest_suffix
 from minalm.text import Control, InputError, Segment
@@ -31,10 +31,10 @@ PADDED = 3  # rows of the teacher's table past its tokenizer
 
 
 def random_model(config: ModelConfig) -> Transformer:
-    shapes = hf.leaves(hf.abstract(config))
+    shapes = families.leaves(families.abstract(config))
     random = np.random.default_rng(0)
     arrays = {leaf: random.normal(size=s.shape, scale=0.3).astype(np.float32) for leaf, s in shapes.items()}
-    return hf.from_leaves(config, arrays)
+    return families.from_leaves(config, arrays)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_tables_of_a_tied_student(teacher):
 
 def test_all_else_is_the_teachers(teacher):
     model = student.student_from_teacher(teacher, plan_of([7]), expansion=True, tied=False, rows=4)
-    old, new = hf.leaves(teacher), hf.leaves(model)
+    old, new = families.leaves(teacher), families.leaves(model)
     assert {leaf for leaf in new if leaf not in old} == {"expansion", "unembed"}
     for leaf in old.keys() - {"embed"}:
         assert np.array_equal(old[leaf], new[leaf]), leaf
@@ -239,11 +239,11 @@ def test_all_else_is_the_teachers(teacher):
 
 
 def test_a_bfloat16_teacher_gives_a_bfloat16_student(teacher_folder):
-    teacher = hf.load(teacher_folder, hf.DTYPES["bfloat16"])
+    teacher = hf.load(teacher_folder, families.DTYPES["bfloat16"])
     model = student.student_from_teacher(teacher, plan_of([7], [3, 5]), expansion=True, tied=False, rows=4)
-    assert {array.dtype for array in hf.leaves(model).values()} == {hf.DTYPES["bfloat16"]}
+    assert {array.dtype for array in families.leaves(model).values()} == {families.DTYPES["bfloat16"]}
     exact = (teacher.embed[3].astype(np.float32) + teacher.embed[5].astype(np.float32)) / 2
-    assert np.array_equal(model.embed[1], exact.astype(hf.DTYPES["bfloat16"]))  # rounded once
+    assert np.array_equal(model.embed[1], exact.astype(families.DTYPES["bfloat16"]))  # rounded once
 
 
 def test_a_student_with_an_expansion_is_no_teacher(teacher):
@@ -271,8 +271,8 @@ def test_bytes(tmp_path, monkeypatch, capsys, teacher_folder, expansion):
         hf.load(teacher_folder, np.float32), plan_transfer(old, expected), expansion, False, expected.size
     )
     assert model.config == made.config and not model.config.tied
-    for leaf, array in hf.leaves(made).items():
-        assert np.array_equal(array, hf.leaves(model)[leaf]), leaf
+    for leaf, array in families.leaves(made).items():
+        assert np.array_equal(array, families.leaves(model)[leaf]), leaf
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ bos_token }}"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 640
 
@@ -296,9 +296,9 @@ def test_tokenizer(tmp_path, monkeypatch, capsys, teacher_folder, other_tokenize
     base = load_vocabulary(other_tokenizer / "tokenizer.json")
     assert new.token_bytes[: base.size] == base.token_bytes
     assert new.template == old.template and set(small.GEMMA) <= set(new.control)
-    model = hf.load(tmp_path / "out", hf.DTYPES["bfloat16"])
+    model = hf.load(tmp_path / "out", families.DTYPES["bfloat16"])
     assert model.config.tied and model.config.vocab_size == new.size
-    teacher = hf.load(teacher_folder, hf.DTYPES["bfloat16"])
+    teacher = hf.load(teacher_folder, families.DTYPES["bfloat16"])
     for word in small.GEMMA:
         assert np.array_equal(model.embed[new.control[word]], teacher.embed[old.control[word]])
 
@@ -311,7 +311,7 @@ def test_inspect(tmp_path, monkeypatch, capsys, teacher_folder):
     model = hf.load(tmp_path / "out", np.float32)
     assert printed["windows"] == "(3, None, 3)" and printed["expansion_size"] == "304"
     assert printed["expansion parameters"] == f"{304 * 24:,}"
-    assert printed["all parameters"] == f"{sum(array.size for array in hf.leaves(model).values()):,}"
+    assert printed["all parameters"] == f"{sum(array.size for array in families.leaves(model).values()):,}"
     assert printed["vocabulary"].startswith("261 ids, bytes; control tokens <bos>")
     assert printed["expansion"].startswith("301 ids")
 

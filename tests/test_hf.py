@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from minalm import hf
+from minalm import families, hf
 from minalm.model import ModelConfig, RopeScaling, Transformer, initialize
 from minalm.text import InputError
 
@@ -144,9 +144,11 @@ GEMMA_2_2B = {
 
 def random_model(config: ModelConfig) -> Transformer:
     """Norms included, so that each tensor differs from every other."""
-    shapes = hf.leaves(hf.abstract(config))
+    shapes = families.leaves(families.abstract(config))
     random = np.random.default_rng(0)
-    return hf.from_leaves(config, {leaf: random.normal(size=s.shape).astype(np.float32) for leaf, s in shapes.items()})
+    return families.from_leaves(
+        config, {leaf: random.normal(size=s.shape).astype(np.float32) for leaf, s in shapes.items()}
+    )
 
 
 def read(folder: Path, values: dict) -> ModelConfig:
@@ -166,8 +168,8 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
 
 def assert_same(first: Transformer, second: Transformer) -> None:
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    for leaf, array in hf.leaves(first).items():
-        other = hf.leaves(second)[leaf]
+    for leaf, array in families.leaves(first).items():
+        other = families.leaves(second)[leaf]
         assert array.dtype == other.dtype and np.array_equal(array, other), leaf
 
 
@@ -201,7 +203,7 @@ def test_files_of_transformers_come_out_again(tmp_path, name):
         expected |= tensors_of(file)
     assert found.keys() == expected.keys()
     for tensor, value in expected.items():
-        assert found[tensor].dtype == value.dtype == hf.DTYPES["bfloat16"]
+        assert found[tensor].dtype == value.dtype == families.DTYPES["bfloat16"]
         assert np.array_equal(found[tensor], value), tensor
     assert hf.read_config(tmp_path / "model" / "config.json") == hf.read_config(FIXTURES / name / "config.json")
     with safe_open(tmp_path / "model" / "model.safetensors", framework="numpy") as tensors:
@@ -211,9 +213,9 @@ def test_files_of_transformers_come_out_again(tmp_path, name):
 def test_bfloat16_rounds_once(tmp_path):
     model = random_model(GEMMA)
     hf.save(tmp_path / "model", model, "bfloat16")
-    rounded = hf.leaves(hf.load(tmp_path / "model", hf.DTYPES["bfloat16"]))
-    for leaf, array in hf.leaves(model).items():
-        assert np.array_equal(rounded[leaf], array.astype(hf.DTYPES["bfloat16"]))
+    rounded = families.leaves(hf.load(tmp_path / "model", families.DTYPES["bfloat16"]))
+    for leaf, array in families.leaves(model).items():
+        assert np.array_equal(rounded[leaf], array.astype(families.DTYPES["bfloat16"]))
 
 
 def test_float16_files(tmp_path, folder):
@@ -246,7 +248,7 @@ def test_rows_past_the_vocabularies_are_cut(tmp_path):
     loaded = hf.load(tmp_path / "model", np.float32)
     assert (loaded.config.vocab_size, loaded.config.expansion_size) == (51, 70)
     for leaf, size in (("embed", 51), ("unembed", 51), ("expansion", 70)):
-        assert np.array_equal(hf.leaves(loaded)[leaf], hf.leaves(model)[leaf][:size])
+        assert np.array_equal(families.leaves(loaded)[leaf], families.leaves(model)[leaf][:size])
 
 
 def test_expansion_keys(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import train
-from minalm import head, hf, sharding
+from minalm import families, head, sharding
 from minalm.losses import LossConfig
 from minalm.model import ModelConfig, initialize
 from minalm.sharding import P, make_mesh, place, place_rows, specs
@@ -136,7 +136,7 @@ def gradients(config: train.Config, fsdp: int, tp: int, trained, fixed):
         grad, metrics = jax.jit(mapped, compiler_options=QUICK)(
             place(trained, mesh), place(fixed, mesh), place_rows(BATCH, mesh)
         )
-    return jax.device_get((hf.leaves(grad), metrics))
+    return jax.device_get((families.leaves(grad), metrics))
 
 
 def assert_near(found, expected, tolerance):
@@ -370,7 +370,7 @@ def test_squared_norm_counts_every_element_once(fsdp, tp):
     ),
 )
 def test_a_mesh_that_does_not_divide_is_refused_by_name(changes, fsdp, tp, named):
-    model = hf.abstract(dataclasses.replace(STUDENT, **changes))
+    model = families.abstract(dataclasses.replace(STUDENT, **changes))
     with pytest.raises(InputError, match=f"^parameter {named.replace('.', '[.]')} does not divide: choose a mesh"):
         specs(model, make_mesh(fsdp, tp))
 
@@ -387,7 +387,7 @@ def test_an_update_is_adamw_of_the_gradient_clipped_by_its_whole_norm(reference)
     assert norm > 0.02  # so that clipping acts
     trained, fixed = models()
     expected = {}
-    for name, old in hf.leaves(jax.device_get(trained)).items():
+    for name, old in families.leaves(jax.device_get(trained)).items():
         clipped = grad[name].astype(np.float64) * 0.01 / norm
         update = clipped / (np.abs(clipped) + 1e-4) + 0.1 * old  # the first step of Adam, bias-corrected
         expected[name] = old - 1e-2 * update
@@ -401,7 +401,7 @@ def test_an_update_is_adamw_of_the_gradient_clipped_by_its_whole_norm(reference)
     assert int(state.step) == 1
     np.testing.assert_allclose(found.pop("gradient_norm"), norm, rtol=1e-5)
     assert_near(jax.device_get(found), metrics, 1e-5)
-    assert_near(hf.leaves(jax.device_get(state.student)), expected, 1e-5)
+    assert_near(families.leaves(jax.device_get(state.student)), expected, 1e-5)
 
 
 def test_the_learning_rate_rises_and_falls():
