@@ -50,6 +50,7 @@ LOWEST = {  # the smallest value that makes sense; a row of one token has nothin
     "teacher_length": 2,
     "evaluation_rows": 1,
     "evaluation_skip": 0,
+    "evaluation_interval": 1,
     "learning_rate": 0.0,
     "warmup_steps": 0,
     "beta1": 0.0,
@@ -61,7 +62,9 @@ LOWEST = {  # the smallest value that makes sense; a row of one token has nothin
     "save_interval": 1,
     "samples": 0,
 }
-MAY_CHANGE = ("resume", "overwrite", "out", "mesh", "log_interval", "save_interval", "samples")  # at a --resume
+MAY_CHANGE = (  # at a --resume
+    *("resume", "overwrite", "out", "mesh", "log_interval", "save_interval", "evaluation_interval", "samples"),
+)
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -83,7 +86,8 @@ class Config:
     """One run."""
 
     out: Path
-    """Folder of the run: config.yaml, metrics.jsonl, summary.json, checkpoints/, and hf/ with the student."""
+    """Folder of the run: config.yaml, metrics.jsonl, evaluations.jsonl, samples.jsonl, checkpoints/, summary.json, and
+    hf/ with the student."""
     steps: int
     """Updates of the student; the learning rate falls to 0 at the last."""
 
@@ -123,6 +127,9 @@ class Config:
     evaluation_skip: int = 0
     """Rows of held-out text before those (to choose settings on other text than the final numbers come from)."""
 
+    evaluation_interval: int | None = None
+    """Steps between evaluations, beside those at both ends. Default: none."""
+
     losses: LossConfig = LossConfig()
     learning_rate: float = 3e-5
     """The highest learning rate of AdamW."""
@@ -151,7 +158,7 @@ class Config:
     save_interval: int = 1000
     """Steps between checkpoints; the newest two are kept."""
     samples: int = 3
-    """Held-out texts that the student continues at the end."""
+    """Held-out texts that the student continues, before and after."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
     overwrite: bool = False
@@ -161,8 +168,9 @@ class Config:
         """Raises InputError for settings that do not go together. (In __post_init__, tyro would wrap the sentence.)"""
         self.losses.check()
         for name, low in LOWEST.items():
-            if not low <= getattr(self, name) < np.inf:
-                raise InputError(f"{_flag(name)} is {getattr(self, name)}: it must be a number of at least {low}")
+            value = getattr(self, name)
+            if value is not None and not low <= value < np.inf:
+                raise InputError(f"{_flag(name)} is {value}: it must be a number of at least {low}")
         if not 0.0 < self.stdlib_fraction <= 1.0:
             raise InputError(f"--stdlib-fraction is {self.stdlib_fraction}: it must be above 0 and at most 1")
         if self.clip_norm is not None and not self.clip_norm > 0.0:
@@ -283,14 +291,16 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(
             out=Path("runs/smollm2-135m-byte"),
             teacher=Path("SmolLM2-135M-Instruct"),
-            steps=2_000,
-            batch_size=8,
-            piece_bytes=1024,
-            student_length=1024,
-            teacher_length=256,
+            steps=280,  # two hours of two CPU cores
+            batch_size=4,
+            piece_bytes=512,
+            student_length=512,
+            teacher_length=192,
             losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
-            learning_rate=1e-4,
-            warmup_steps=100,
+            learning_rate=3e-4,
+            warmup_steps=20,
+            log_interval=1,
+            save_interval=20,
         ),
     ),
 }
@@ -534,28 +544,25 @@ def start_folder(config: Config) -> None:
     (config.out / "config.yaml").write_text(settings)
 
 
-class MetricsFile:
-    """metrics.jsonl: one object a logged step. A run that goes on first drops what lies behind its checkpoint."""
+class JsonLines:
+    """A file with one JSON object a line, each with its `step`. A run that goes on first drops what lies behind its
+    checkpoint, after `step` steps."""
 
     def __init__(self, path: Path, step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]  # the last may have been cut off
-        kept = [(line, metrics) for line, metrics in whole if metrics["step"] <= step]
-        last = kept[-1][1] if kept else {"seconds": 0.0, "dropped": 0}
-        self.seconds_before, self.dropped_before = last["seconds"], last["dropped"]
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
+        self.path, self.rows = path, [row for row in whole if row["step"] <= step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(line for line, _ in kept))
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         partial.replace(path)
-        self.path, self.start = path, time.monotonic()
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far, those before a --resume included."""
-        return self.seconds_before + time.monotonic() - self.start
+    def at(self, step: int) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["step"] == step]
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": round(self.seconds, 3), **metrics}) + "\n")
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
 
 
 def main(config: Config) -> None:
@@ -608,7 +615,24 @@ def main(config: Config) -> None:
     if inputs.teacher is not None:
         report.show_alignment(batch_of(0)[0], inputs.student_vocabulary, inputs.teacher_vocabulary)
 
-    def evaluate(state: State) -> dict[str, float]:
+    checkpoints = config.out / "checkpoints"
+    if config.resume and checkpoint.latest(checkpoints) is not None:
+        state = checkpoint.restore(checkpoints, state)
+    first = int(state.step)
+    log, evaluations, samples = (
+        JsonLines(config.out / f"{name}.jsonl", first) for name in ("metrics", "evaluations", "samples")
+    )
+    before = log.rows[-1] if log.rows else {"seconds": 0.0, "dropped": 0}
+    began = time.monotonic()
+
+    def seconds() -> float:
+        """Seconds of the run so far, those before a --resume included."""
+        return round(before["seconds"] + time.monotonic() - began, 1)
+
+    def evaluate(step: int, state: State) -> None:
+        """Writes the measures of held-out text, unless the run has them already."""
+        if inputs.held_out is None or evaluations.at(step):
+            return
         last = min(config.evaluation_skip + config.evaluation_rows, len(inputs.held_out))
         rows = inputs.held_out.batch(0, 0, last)[config.evaluation_skip :]
         rows += [()] * (-len(rows) % config.batch_size)  # an empty piece is a row without weight
@@ -616,17 +640,29 @@ def main(config: Config) -> None:
             inputs.batch(config, rows[i : i + config.batch_size])[0] for i in range(0, len(rows), config.batch_size)
         )
         model = eqx.combine(state.student, fixed.student)
-        return measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
+        found = measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
+        agreement = found.pop("agreement", None)
+        evaluations.write(
+            {"step": step, "seconds": seconds() if step else 0.0, "bits_per_byte": found, "agreement": agreement}
+        )
 
-    start = evaluate(state) if inputs.held_out else {}
+    def show_samples(step: int, state: State) -> None:
+        """Held-out texts as the student goes on with them."""
+        if inputs.held_out is None or not config.samples or samples.at(step):
+            return
+        model = eqx.combine(state.student, fixed.student)
+        prompts, continuations = continue_texts(config, inputs, fixed, model, mesh)
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            samples.write({"step": step, "prompt": prompt, "continuation": continuation})
+        report.show_samples(prompts, continuations)
+
+    if first == 0:
+        evaluate(0, state)
+        show_samples(0, state)
+        began = time.monotonic()
 
     # 4. Training. Step n is dispatched before the metrics of step n - 1 are fetched.
-    checkpoints = config.out / "checkpoints"
-    if config.resume and checkpoint.latest(checkpoints) is not None:
-        state = checkpoint.restore(checkpoints, state)
-    first = int(state.step)
-    log = MetricsFile(config.out / "metrics.jsonl", first)
-    dropped = log.dropped_before
+    dropped = before["dropped"]
     batches = data.read_ahead(batch_of, first)
     pending = None
 
@@ -649,7 +685,8 @@ def main(config: Config) -> None:
             values = fetch(step, metrics)
             bar.update(task, completed=step, description=report.progress_line(values))
             if step % config.log_interval == 0 or is_saved(step):
-                log.write(step, {**values, "learning_rate": float(schedule(step - 1)), "dropped": dropped})
+                rate = float(schedule(step - 1))
+                log.write({"step": step, "seconds": seconds(), **values, "learning_rate": rate, "dropped": dropped})
 
         for step in range(first, config.steps):
             batch, left_out = next(batches)
@@ -662,8 +699,10 @@ def main(config: Config) -> None:
                 record(*pending)
                 pending = None
                 checkpoint.save(checkpoints, step + 1, state)
+            if config.evaluation_interval is not None and (step + 1) % config.evaluation_interval == 0:
+                evaluate(step + 1, state)
     batches.close()
-    seconds = log.seconds
+    trained = seconds()
 
     # 5. The result: the student as a Hugging Face folder, a table, a few lines of its own, and summary.json last.
     model = eqx.combine(state.student, fixed.student)
@@ -677,24 +716,27 @@ def main(config: Config) -> None:
         chat_template=inputs.chat_template,
         max_length=config.student_length,
     )
+    evaluate(config.steps, state)
+    show_samples(config.steps, state)
+    start, end = (evaluations.at(step)[0] if evaluations.rows else None for step in (0, config.steps))
     bits = {"teacher": None, "student_start": None, "student_end": None}
     agreement = {"student_start": None, "student_end": None}
-    if inputs.held_out:
-        end = evaluate(state)
-        bits = {"teacher": start.get("teacher"), "student_start": start["student"], "student_end": end["student"]}
-        agreement = {"student_start": start.get("agreement"), "student_end": end.get("agreement")}
+    if start is not None:
+        bits = {"teacher": start["bits_per_byte"].get("teacher")}
+        bits |= {f"student_{name}": row["bits_per_byte"]["student"] for name, row in (("start", start), ("end", end))}
+        agreement = {"student_start": start["agreement"], "student_end": end["agreement"]}
         report.show_results(bits, agreement)
-    if inputs.held_out and config.samples:
-        show_samples(config, inputs, fixed, model, mesh)
     if dropped:
         report.console.print(f"{dropped} texts were left out: the two tokenizers do not spell them alike.")
-    summary = {"bits_per_byte": bits, "agreement": agreement, "steps": config.steps, "seconds": round(seconds, 1)}
+    summary = {"bits_per_byte": bits, "agreement": agreement, "steps": config.steps, "seconds": trained}
     (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.console.print(f"The student is in {config.out / 'hf'}, the numbers are in {config.out / 'summary.json'}.")
 
 
-def show_samples(config: Config, inputs: Inputs, fixed: Fixed, model: Transformer, mesh: Mesh) -> None:
-    """The student continues the first bytes of some held-out pieces."""
+def continue_texts(
+    config: Config, inputs: Inputs, fixed: Fixed, model: Transformer, mesh: Mesh
+) -> tuple[list[str], list[str]]:
+    """The first characters of some held-out pieces, and how the student goes on with each."""
     pieces = inputs.held_out.batch(1, 0, config.samples)
     texts = [[part.content for part in piece if isinstance(part.content, str)] for piece in pieces]
     texts = ["".join(parts)[:120] or "\n" for parts in texts]
@@ -712,7 +754,7 @@ def show_samples(config: Config, inputs: Inputs, fixed: Fixed, model: Transforme
         temperature=0.5,
         seed=config.seed,
     )
-    report.show_samples(texts, [vocabulary.decode(ids) for ids in continued])
+    return texts, [vocabulary.decode(ids) for ids in continued]
 
 
 def cli(arguments: list[str]) -> None:

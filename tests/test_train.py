@@ -139,15 +139,15 @@ def weights(out: Path) -> dict[str, np.ndarray]:
 @contextlib.contextmanager
 def interrupted(after: int):
     """Ends a run when the line of step `after` has been written."""
-    write = train.MetricsFile.write
+    write = train.JsonLines.write
 
-    def stop(self, step, metrics):
-        write(self, step, metrics)
-        if step == after:
+    def stop(self, row):
+        write(self, row)
+        if self.path.name == "metrics.jsonl" and row["step"] == after:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.MetricsFile, "write", stop)
+        patch.setattr(train.JsonLines, "write", stop)
         yield
 
 
@@ -176,6 +176,8 @@ def test_outputs(finished, files):
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
+        "evaluations.jsonl",
+        "samples.jsonl",
         "summary.json",
         "checkpoints",
         "hf",
@@ -363,7 +365,7 @@ def test_texts_that_one_side_cannot_spell_are_counted(files, tmp_path, capsys):
 def test_a_cut_off_last_line_of_metrics_is_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "seconds": 2.0, "dropped": 3}\n{"step": 2, "sec')
-    assert train.MetricsFile(file, step=2).dropped_before == 3
+    assert train.JsonLines(file, step=2).rows == [{"step": 1, "seconds": 2.0, "dropped": 3}]
     assert file.read_text() == '{"step": 1, "seconds": 2.0, "dropped": 3}\n'
 
 
