@@ -5,8 +5,8 @@ understood, nor known to leave the computation alone, nor switched off (null, fa
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from minalm.model import ModelConfig, RopeScaling, Transformer, initialize
+from minalm.model import LinearScaling, Llama3Scaling, ModelConfig, Rope, Transformer, YarnScaling, initialize
 from minalm.text import InputError
 
 EXPANSION_BYTES = 16  # the longest original token that the input expansion looks for
@@ -28,48 +28,107 @@ class Family:
 
     model_type: str
     architecture: str
-    activation_key: str
     defaults: Mapping[str, Any]  # keys that only some families have, and what transformers takes where one is missing
-    norm_plus_one: bool
-    post_norms: bool
-    scaled_embedding: bool  # embeddings are multiplied by sqrt(hidden_size)
     norms: Mapping[str, str]  # tensors of a layer -> our fields, beyond those that all families share
+    slides: Callable[["_Keys", int], bool] | None = None  # whether a layer has a window where no `layer_types` say so
+    local_theta: str | None = None  # the key of the rotary theta of layers with a window, which have no scaling
+    activation_key: str = "hidden_act"
+    norm_plus_one: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
+    qk_norm: Literal["head", "all"] | None = None
+    qkv_bias: bool = False
+    scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
 
 
-LLAMA = Family(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    activation_key="hidden_act",
-    defaults={"hidden_act": "silu", "tie_word_embeddings": False},
-    norm_plus_one=False,
-    post_norms=False,
-    scaled_embedding=False,
-    norms={"post_attention_layernorm": "mlp_norm"},
+PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+POST_NORMS = {"post_attention_layernorm": "attention_post_norm", "post_feedforward_layernorm": "mlp_post_norm"}
+BOTH_NORMS = POST_NORMS | {"input_layernorm": "attention_norm", "pre_feedforward_layernorm": "mlp_norm"}
+PLAIN = {"hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+QWEN = PLAIN | {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "layer_types": None}
+GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+FAMILIES = (
+    Family("llama", "LlamaForCausalLM", PLAIN, PRE_NORMS),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        PLAIN | {"num_key_value_heads": 8, "sliding_window": 4096},
+        PRE_NORMS,
+        slides=lambda keys, layer: True,
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        QWEN,
+        PRE_NORMS,
+        slides=lambda keys, layer: layer >= keys.whole("max_window_layers", 28, least=0),
+        qkv_bias=True,
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        QWEN | {"head_dim": 128},
+        PRE_NORMS,
+        slides=lambda keys, layer: layer >= keys.whole("max_window_layers", 28, least=0),
+        qk_norm="head",
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        BOTH_NORMS,
+        slides=lambda keys, layer: layer % 2 == 0,
+        activation_key="hidden_activation",
+        norm_plus_one=True,
+        post_norms=True,
+        scaled_embedding=True,
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        GEMMA | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        BOTH_NORMS,
+        slides=lambda keys, layer: (layer + 1) % keys.whole("sliding_window_pattern", 6) != 0,
+        local_theta="rope_local_base_freq",
+        activation_key="hidden_activation",
+        norm_plus_one=True,
+        post_norms=True,
+        qk_norm="head",
+        scaled_embedding=True,
+    ),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        PLAIN | {"rms_norm_eps": 1e-5},
+        POST_NORMS,
+        pre_norms=False,
+        post_norms=True,
+        qk_norm="all",
+    ),
+    Family(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        # Versions of transformers take different thetas where the key is missing, so it must not be.
+        PLAIN | {"rms_norm_eps": 1e-5, "rope_theta": None, "sliding_window": 4096, "layer_types": None},
+        POST_NORMS,
+        slides=lambda keys, layer: (layer + 1) % 4 != 0,
+        local_theta="rope_theta",
+        pre_norms=False,
+        post_norms=True,
+        qk_norm="all",
+    ),
 )
-GEMMA2 = Family(
-    model_type="gemma2",
-    architecture="Gemma2ForCausalLM",
-    activation_key="hidden_activation",
-    defaults={
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256.0,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "sliding_window": 4096,
-        "layer_types": None,
-    },
-    norm_plus_one=True,
-    post_norms=True,
-    scaled_embedding=True,
-    norms={
-        "post_attention_layernorm": "attention_post_norm",
-        "pre_feedforward_layernorm": "mlp_norm",
-        "post_feedforward_layernorm": "mlp_post_norm",
-    },
-)
-FAMILIES = (LLAMA, GEMMA2)
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}  # that tensors are stored in
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -81,7 +140,9 @@ HARMLESS = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",
+        "_sliding_window_pattern",
         "architectures",
+        "auto_map",
         "attn_implementation",
         "bos_token_id",
         "cache_implementation",
@@ -115,11 +176,15 @@ SHARED = {
     "model.expand_embed_tokens.weight": ("expansion", 0),
     "model.norm.weight": ("norm", 0),
     "lm_head.weight": ("unembed", 0),
-    "model.layers.{}.input_layernorm.weight": ("layers.attention_norm", 0),
     "model.layers.{}.self_attn.q_proj.weight": ("layers.attention.q", 1),
     "model.layers.{}.self_attn.k_proj.weight": ("layers.attention.k", 1),
     "model.layers.{}.self_attn.v_proj.weight": ("layers.attention.v", 1),
     "model.layers.{}.self_attn.o_proj.weight": ("layers.attention.o", 2),
+    "model.layers.{}.self_attn.q_proj.bias": ("layers.attention.q_bias", 0),
+    "model.layers.{}.self_attn.k_proj.bias": ("layers.attention.k_bias", 0),
+    "model.layers.{}.self_attn.v_proj.bias": ("layers.attention.v_bias", 0),
+    "model.layers.{}.self_attn.q_norm.weight": ("layers.attention.q_norm", 0),
+    "model.layers.{}.self_attn.k_norm.weight": ("layers.attention.k_norm", 0),
     "model.layers.{}.mlp.gate_proj.weight": ("layers.mlp.gate", 1),
     "model.layers.{}.mlp.up_proj.weight": ("layers.mlp.up", 1),
     "model.layers.{}.mlp.down_proj.weight": ("layers.mlp.down", 1),
@@ -151,14 +216,17 @@ class _Keys:
             raise InputError(f"{self.place} lacks {key!r}: take the file from the original model")
         return value
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def whole(self, key: str, default: int | None = None, least: int = 1, optional: bool = False) -> int | None:
+        """A whole number; with `optional`, null means that there is none and not that the key is missing."""
+        if optional and self.read(key, default) is None:
+            return None
         value = self._needed(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(key, "which is not a positive whole number: correct it")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(key, f"which is not a whole number of at least {least}: correct it")
         return value
 
     def number(self, key: str, default: float | None = None, optional: bool = False) -> float | None:
-        """A positive number; with `optional`, null means that there is none and not that the key is missing."""
+        """A positive number; `optional` as in `whole`."""
         if optional and self.read(key, default) is None:
             return None
         value = self._needed(key, default)
@@ -183,13 +251,14 @@ def config_values(config: ModelConfig, dtype: Literal["bfloat16", "float32"]) ->
 
     Raises InputError for an architecture that no family can express.
     """
-    for family in FAMILIES:
+    for family in sorted(FAMILIES, key=lambda family: family.model_type != config.model_type):  # its own one first
         values = _values(family, config, dtype)
         try:
             read = parse_config("the configuration", values)[1]
         except InputError:
             continue
-        if math.isclose(read.scale, config.scale) and replace(read, query_scale=config.query_scale) == config:
+        same = replace(read, query_scale=config.query_scale, model_type=config.model_type)
+        if math.isclose(read.scale, config.scale) and same == config:
             return values
     raise InputError(f"no Hugging Face model type expresses this architecture: change it to one of a family ({config})")
 
@@ -211,7 +280,8 @@ def parse_config(place: str, values: object) -> tuple[Family, ModelConfig]:
         return keys.number(key, defaults[key], optional=True) if key in defaults else None
 
     embed, layers, heads = (keys.whole(key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    kv_heads = heads if keys.read("num_key_value_heads") is None else keys.whole("num_key_value_heads")
+    usual_kv_heads = heads if "num_key_value_heads" in keys.values else defaults.get("num_key_value_heads", heads)
+    kv_heads = keys.whole("num_key_value_heads", usual_kv_heads)  # null: as many as heads
     if heads % kv_heads:
         raise keys.wrong("num_key_value_heads", f"which does not divide the {heads} attention heads: correct it")
     head_dim = keys.whole("head_dim", defaults.get("head_dim", embed // heads))  # old Llama files lack it
@@ -222,14 +292,21 @@ def parse_config(place: str, values: object) -> tuple[Family, ModelConfig]:
         raise keys.wrong(family.activation_key, f"which is not implemented: only {' and '.join(ACTIVATIONS)} are")
     if keys.read("hidden_act", activation) != activation:  # the first Gemma 2 files have both spellings
         raise keys.wrong("hidden_act", f"but {family.activation_key!r} is {activation!r}: make them agree")
-    rope_theta, rope_scaling = _rope(keys)
+    windows = _windows(keys, family, layers)
+    rope, local_rope = _ropes(keys, family)
     query_scalar = optional_number("query_pre_attn_scalar")
+    qk_norm = family.qk_norm
+    if model_type == EXPANSION_TYPE + "llama" and keys.flag("add_qk_norm", False):
+        qk_norm = "head"  # what the published byte models' code calls Qwen 3's norm of queries and keys
     if keys.flag("expand_input_ids", False):
         expansion_size = keys.whole("expand_input_ids_vocab_size")
+        keys.read("expand_input_ids_dict")  # ngrams.py reads it
         if keys.whole("expand_input_ids_maxlen", EXPANSION_BYTES) != EXPANSION_BYTES:
             raise keys.wrong("expand_input_ids_maxlen", f"which is not implemented: only {EXPANSION_BYTES} is")
     else:
         expansion_size = None
+        for key in ("expand_input_ids_vocab_size", "expand_input_ids_dict", "expand_input_ids_maxlen"):
+            keys.read(key)
     config = ModelConfig(
         vocab_size=keys.whole("vocab_size"),
         embed=embed,
@@ -238,86 +315,138 @@ def parse_config(place: str, values: object) -> tuple[Family, ModelConfig]:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        windows=_windows(keys, layers) if "layer_types" in defaults else (None,) * layers,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        windows=windows,
+        rope=rope,
+        local_rope=local_rope if any(windows) and local_rope != rope else None,
         query_scale=None if query_scalar is None else 1.0 / math.sqrt(query_scalar),
         attention_softcap=optional_number("attn_logit_softcapping"),
         final_softcap=optional_number("final_logit_softcapping"),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        norm_eps=keys.number("rms_norm_eps", defaults["rms_norm_eps"]),
         norm_plus_one=family.norm_plus_one,
+        pre_norms=family.pre_norms,
         post_norms=family.post_norms,
+        qk_norm=qk_norm,
+        qkv_bias=family.qkv_bias,
         activation=ACTIVATIONS[activation],
         embedding_scale=math.sqrt(embed) if family.scaled_embedding else 1.0,
         tied=keys.flag("tie_word_embeddings", defaults["tie_word_embeddings"]),
         expansion_size=expansion_size,
+        model_type=family.model_type,
     )
     keys.done(HARMLESS)
     return family, config
 
 
-def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-    theta = keys.number("rope_theta", 10_000.0)
-    found = [
-        _rope_parameters(_Keys(f"{keys.place}, {key!r}", keys.values[key]), theta)
-        for key in ("rope_scaling", "rope_parameters")
-        if keys.read(key) is not None
-    ]
-    if not found:
-        return theta, None
-    if found[0] != found[-1] or ("rope_theta" in keys.values and found[0][0] != theta):
+def _ropes(keys: _Keys, family: Family) -> tuple[Rope, Rope]:
+    """The rotary settings of layers without and with a window.
+
+    transformers 4 has `rope_theta` and `rope_scaling`, of layers without a window where the family tells them apart, and
+    a key for the others' theta; 5 has `rope_parameters`, which for such a family holds one object for each type.
+    """
+    theta = keys.number("rope_theta", optional=True)
+    parameters = sliding = keys.read("rope_parameters")
+    nested = family.local_theta is not None and isinstance(parameters, dict) and parameters.keys() & set(LAYER_TYPES)
+    if nested:
+        both = _Keys(f"{keys.place}, 'rope_parameters'", parameters)
+        sliding, parameters = (both.read(kind) for kind in LAYER_TYPES)
+        both.done()
+    default = family.defaults.get("rope_theta", 10_000.0)
+    ropes = [
+        _rope(_Keys(f"{keys.place}, {key!r}", values), theta or default, keys)
+        for key, values in (("rope_scaling", keys.read("rope_scaling")), ("rope_parameters", parameters))
+        if values is not None
+    ] or [Rope(keys.number("rope_theta", default))]
+    if ropes[0] != ropes[-1] or theta not in (None, ropes[0].theta):
         raise InputError(f"{keys.place} gives rotary settings twice, and they differ: keep 'rope_parameters' alone")
-    return found[0]
+    if family.local_theta is None:
+        return ropes[0], ropes[0]
+
+    own_key = family.local_theta != "rope_theta"
+    local = Rope(keys.number(family.local_theta, family.defaults[family.local_theta]) if own_key else ropes[0].theta)
+    if nested and sliding is not None:
+        found = _rope(_Keys(f"{keys.place}, 'rope_parameters', 'sliding_attention'", sliding), local.theta, keys)
+        if own_key and keys.values.get(family.local_theta) not in (None, found.theta):
+            raise keys.wrong(family.local_theta, "but 'rope_parameters' says another number: keep one of them")
+        local = found
+    return ropes[0], local
 
 
-def _rope_parameters(keys: _Keys, theta: float) -> tuple[float, RopeScaling | None]:
+def _rope(keys: _Keys, theta: float | None, whole: _Keys) -> Rope:
+    """One object of rotary settings; `whole` is the config.json around it."""
     kind = keys.read("rope_type", keys.read("type", "default"))  # "type": the older spelling
     theta = keys.number("rope_theta", theta)
     if keys.number("partial_rotary_factor", 1.0) != 1.0:
         raise keys.wrong("partial_rotary_factor", "which is not implemented: use a model without it")
     if kind == "default":
-        keys.done()
-        return theta, None
-    if kind != "llama3":
-        raise InputError(f"{keys.place}: the rotary type {kind!r} is not implemented: only 'default' and 'llama3' are")
-    scaling = RopeScaling(
-        factor=keys.number("factor"),
-        low_freq_factor=keys.number("low_freq_factor"),
-        high_freq_factor=keys.number("high_freq_factor"),
-        original_length=keys.whole("original_max_position_embeddings"),
-    )
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise keys.wrong("low_freq_factor", "which is not below 'high_freq_factor': correct it")
+        scaling = None
+    elif kind == "linear":
+        scaling = LinearScaling(keys.number("factor"))
+    elif kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=keys.number("factor"),
+            low_freq_factor=keys.number("low_freq_factor"),
+            high_freq_factor=keys.number("high_freq_factor"),
+            original_length=keys.whole("original_max_position_embeddings"),
+        )
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise keys.wrong("low_freq_factor", "which is not below 'high_freq_factor': correct it")
+    elif kind == "yarn":
+        factor = keys.number("factor")
+        mscales = [keys.number(key, optional=True) for key in ("mscale", "mscale_all_dim")]
+
+        def magnitude(scale):  # arXiv 2309.00071, equation 22
+            return 0.1 * scale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+        usual = magnitude(mscales[0]) / magnitude(mscales[1]) if all(mscales) else magnitude(1.0)
+        scaling = YarnScaling(
+            factor=factor,
+            attention_factor=keys.number("attention_factor", usual),
+            beta_fast=keys.number("beta_fast", 32.0),
+            beta_slow=keys.number("beta_slow", 1.0),
+            original_length=keys.whole("original_max_position_embeddings", whole.values.get("max_position_embeddings")),
+            truncate=keys.flag("truncate", True),
+        )
+        if scaling.beta_slow >= scaling.beta_fast:
+            raise keys.wrong("beta_slow", "which is not below 'beta_fast': correct it")
+    else:
+        kinds = "'default', 'linear', 'llama3' and 'yarn'"
+        raise InputError(f"{keys.place}: the rotary type {kind!r} is not implemented: only {kinds} are")
     keys.done(frozenset({"type"}))
-    return theta, scaling
+    return Rope(theta, scaling)
 
 
-def _windows(keys: _Keys, layers: int) -> tuple[int | None, ...]:
-    """Of each layer the number of positions that it sees; without `layer_types` the even layers slide."""
-    kinds = keys.read("layer_types")
+def _windows(keys: _Keys, family: Family, layers: int) -> tuple[int | None, ...]:
+    """Of each layer the number of positions that it sees, None for all."""
+    if family.slides is None:
+        return (None,) * layers
+    slides = [family.slides(keys, layer) for layer in range(layers)]
+    window = keys.whole("sliding_window", family.defaults["sliding_window"], optional=True)
+    if "use_sliding_window" in family.defaults and not keys.flag("use_sliding_window", False):
+        window = None
+    kinds = keys.read("layer_types") if "layer_types" in family.defaults else None
     if kinds is None:
-        kinds = [LAYER_TYPES[layer % 2] for layer in range(layers)]
+        kinds = [LAYER_TYPES[not (window and slide)] for slide in slides]
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds):
         raise keys.wrong("layer_types", f"which is not a list of {layers} times {' or '.join(LAYER_TYPES)}: correct it")
-    keys.read("sliding_window")  # of no meaning, and maybe null, where no layer slides
-    window = keys.whole("sliding_window", GEMMA2.defaults["sliding_window"]) if LAYER_TYPES[0] in kinds else None
+    if LAYER_TYPES[0] in kinds and window is None:
+        raise keys.wrong("layer_types", "but no 'sliding_window' is in use: make them agree")
     return tuple(window if kind == LAYER_TYPES[0] else None for kind in kinds)
 
 
 def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The inverse of `_config` for a config that this family can express."""
-    scaling = config.rope_scaling
+    """The inverse of `parse_config` for a config that this family can express."""
+    local_rope = config.local_rope or config.rope
     window = next((window for window in config.windows if window), None)
     own = {
         family.activation_key: {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation],
         "tie_word_embeddings": config.tied,
-        "head_dim": config.head_dim,
         "query_pre_attn_scalar": round(config.scale**-2),
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.final_softcap,
         "sliding_window": window,
+        "use_sliding_window": window is not None,
         "layer_types": [LAYER_TYPES[window is None] for window in config.windows],
+        "rope_local_base_freq": local_rope.theta,
     }
     values = {
         "architectures": [family.architecture],
@@ -328,21 +457,19 @@ def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_length,
-        },
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _scaling_values(config.rope) or None,
         "attention_bias": False,
-        **{key: value for key, value in own.items() if key == "head_dim" or key in family.defaults},
+        **{key: value for key, value in own.items() if key in family.defaults},
         "torch_dtype": dtype,
     }
+    if family.local_theta == "rope_theta":  # transformers 5 would take its own theta for layers with a window
+        kinds = zip(LAYER_TYPES, (local_rope, config.rope))
+        values["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": rope.theta, **_scaling_values(rope)} for kind, rope in kinds
+        }
     if config.expansion_size is not None:
         values |= {
             "architectures": ["TPU" + family.architecture],
@@ -351,6 +478,17 @@ def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
             "expand_input_ids_maxlen": EXPANSION_BYTES,
             "expand_input_ids_vocab_size": config.expansion_size,
         }
+    return values
+
+
+def _scaling_values(rope: Rope) -> dict[str, Any]:
+    scaling = rope.scaling
+    if scaling is None:
+        return {}
+    names = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}
+    values = {"rope_type": names[type(scaling)], **asdict(scaling)}
+    if "original_length" in values:
+        values["original_max_position_embeddings"] = values.pop("original_length")
     return values
 
 

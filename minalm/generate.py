@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
 from minalm.head import Entries, block_logits
-from minalm.model import EVERYTHING, Cache, Transformer
+from minalm.model import Cache, Transformer
 from minalm.sharding import ROWS, P, gather_channels, shardings, specs
 
 Ngrams = Callable[[Int[np.ndarray, "batch time"]], Int[np.ndarray, "batch time"]]
@@ -33,15 +33,15 @@ def next_logits(
     Runs inside shard_map.
     """
     config = model.config
-    windows = jnp.array([window or EVERYTHING for window in config.windows])
+    stacked_varying, last_varying = config.varying()
     x = model.embed_tokens(inputs, ngram, dtype)
 
     def body(x, layer):
-        block, window, cache = layer
-        return block(x, config, positions, window, cache)
+        block, varying, cache = layer
+        return block(x, config, positions, varying, cache)
 
-    x, stacked = jax.lax.scan(body, x, (model.blocks, windows[:-1], caches[0]))
-    x, single = model.last(x, config, positions, windows[-1], caches[1])
+    x, stacked = jax.lax.scan(body, x, (model.blocks, stacked_varying, caches[0]))
+    x, single = model.last(x, config, positions, last_varying, caches[1])
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)
     hidden = model.final_norm(x)[:, 0]
     logits = block_logits(hidden, gather_channels(model.unembedding, dtype), entries.exists, config.final_softcap)

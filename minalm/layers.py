@@ -26,11 +26,20 @@ def project(
 
 
 def rms_norm(
-    x: Float[Array, "*rows embed"], weight: Float[Array, " embed"], eps: float, plus_one: bool
+    x: Float[Array, "*rows embed"],
+    weight: Float[Array, " embed"],
+    eps: float,
+    plus_one: bool,
+    mean_square: Float[Array, "*rows 1"] | None = None,
 ) -> Float[Array, "*rows embed"]:
-    """x / sqrt(mean x^2 + eps), times weight or (Gemma) 1 + weight; computed in float32."""
+    """x / sqrt(mean x^2 + eps), times weight or (Gemma) 1 + weight; computed in float32.
+
+    `mean_square` is that mean where x is only a part of what it is taken over.
+    """
     wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    if mean_square is None:
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + eps)
     scale = weight.astype(jnp.float32)
     return (normed * (1.0 + scale if plus_one else scale)).astype(x.dtype)
 
@@ -43,11 +52,13 @@ def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shap
 def rope(
     x: Float[Array, "batch time heads head_dim"],
     positions: Int[Array, "rows time"],
-    inverse_frequencies: Float[np.ndarray, " half"],
+    inverse_frequencies: Float[Array | np.ndarray, " half"],
+    magnitude: Float[Array | np.ndarray, ""],
 ) -> Float[Array, "batch time heads head_dim"]:
-    """Rotary position embedding, half-split: channel i turns with i + head_dim / 2, as in Hugging Face weights."""
+    """Rotary position embedding, half-split: channel i turns with i + head_dim / 2, as in Hugging Face weights. The
+    result is `magnitude` times as long (YaRN)."""
     angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies
-    sin, cos = jnp.sin(angles).astype(x.dtype), jnp.cos(angles).astype(x.dtype)
+    sin, cos = ((magnitude * turned).astype(x.dtype) for turned in (jnp.sin(angles), jnp.cos(angles)))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -57,7 +68,7 @@ def attend(
     k: Float[Array, "batch key_time kv_heads head_dim"],
     v: Float[Array, "batch key_time kv_heads head_dim"],
     positions: Int[Array, "rows time"],
-    window: Int[Array, ""],
+    window: Int[Array | np.ndarray, ""],
     scale: float,
     cap: float | None,
 ) -> Float[Array, "batch time heads head_dim"]:

@@ -1,4 +1,4 @@
-"""Decoder-only transformers (Llama 3, Gemma 2) as Equinox modules; a family is a value of ModelConfig.
+"""Decoder-only transformers as Equinox modules; a family (Llama, Gemma, Qwen, OLMo, ...) is a value of ModelConfig.
 
 Modules hold parameters in slices and declare each one's shape and layout on its field. Their methods run inside
 `jax.shard_map` (see sharding.py). The last block stands apart from the stacked ones because GradMag (gradmag.py)
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from minalm import layers
-from minalm.sharding import gather, lookup, param, tp_sum
+from minalm.sharding import gather, lookup, param, tp_slice, tp_sum
 
 EVERYTHING = 2**30  # a window no sequence fills: full attention
 
@@ -29,13 +29,80 @@ Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class LinearScaling:
+    """Positions divided by a factor (`rope_type: linear`; Gemma 3)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
     """Llama 3's stretching of the slow rotary frequencies (Llama 3.1 release, `rope_type: llama3`)."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071, section 3.2): between the channels that turn `beta_fast` and
+    `beta_slow` times within the original length, frequencies go over from kept to divided by the factor."""
+
+    factor: float
+    attention_factor: float  # on queries and keys
+    beta_fast: float
+    beta_slow: float
+    original_length: int
+    truncate: bool = True  # the two channels are rounded outwards
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a layer."""
+
+    theta: float = 10_000.0
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+    def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
+        """Radians per position of each rotary channel pair, after scaling."""
+        frequencies = 1.0 / self.theta ** (np.arange(0, head_dim, 2) / head_dim)
+        scaling = self.scaling
+        if scaling is None:
+            share = np.ones_like(frequencies)  # of each frequency, how much is kept rather than divided by the factor
+        elif isinstance(scaling, LinearScaling):
+            share = np.zeros_like(frequencies)
+        elif isinstance(scaling, Llama3Scaling):
+            turns = scaling.original_length * frequencies / (2 * math.pi)  # full turns within the original length
+            share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        else:
+            first, last = (self._channel(head_dim, turns) for turns in (scaling.beta_fast, scaling.beta_slow))
+            if scaling.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            share = 1.0 - (np.arange(head_dim // 2) - first) / ((last - first) or 0.001)
+        share = np.clip(share, 0.0, 1.0)
+        divided = frequencies if scaling is None else frequencies / scaling.factor
+        return (frequencies * share + divided * (1.0 - share)).astype(np.float32)
+
+    def _channel(self, head_dim: int, turns: float) -> float:
+        """The channel pair that turns so many times within YaRN's original length."""
+        length = self.scaling.original_length
+        return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+    @property
+    def magnitude(self) -> float:
+        """What queries and keys are multiplied by as they are turned."""
+        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
+
+
+class Varying(eqx.Module):
+    """What differs from layer to layer, as arrays that a scan runs over."""
+
+    window: Int[Array | np.ndarray, "*stack"]
+    inverse_frequencies: Float[Array | np.ndarray, "*stack half"]
+    rope_magnitude: Float[Array | np.ndarray, "*stack"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,33 +117,36 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]  # per layer: how many positions a query sees, itself included; None: all
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope: Rope = Rope()
+    local_rope: Rope | None = None  # of layers with a window; None: the same as everywhere
     query_scale: float | None = None  # factor on the scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None
     final_softcap: float | None = None
     norm_eps: float = 1e-5
     norm_plus_one: bool = False  # RMSNorm multiplies by 1 + weight
-    post_norms: bool = False  # a norm after attention and after the MLP too
+    pre_norms: bool = True  # a norm before attention and before the MLP
+    post_norms: bool = False  # a norm after attention and after the MLP
+    qk_norm: Literal["head", "all"] | None = None  # a norm of queries and keys: of each head, or over all heads
+    qkv_bias: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embedding_scale: float = 1.0
     tied: bool = True  # the unembedding is the embedding table
     expansion_size: int | None = None  # rows of the original table added at input (byte students); None: no expansion
+    model_type: str | None = None  # Hugging Face's name for it, for the way back; nothing is computed by it
 
     @property
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.head_dim) if self.query_scale is None else self.query_scale
 
-    def inverse_frequencies(self) -> Float[np.ndarray, " half"]:
-        """Radians per position of each rotary channel pair, after scaling."""
-        frequencies = 1.0 / self.rope_theta ** (np.arange(0, self.head_dim, 2) / self.head_dim)
-        if self.rope_scaling is not None:
-            scaling = self.rope_scaling
-            turns = scaling.original_length * frequencies / (2 * math.pi)  # full turns within the original length
-            smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-            smooth = np.clip(smooth, 0.0, 1.0)
-            frequencies = frequencies * (smooth + (1.0 - smooth) / scaling.factor)
-        return frequencies.astype(np.float32)
+    def varying(self) -> tuple[Varying, Varying]:
+        """Of the stacked layers 0..n-2, and of the last one."""
+        ropes = [self.local_rope if window and self.local_rope else self.rope for window in self.windows]
+        every = Varying(
+            window=np.array([window or EVERYTHING for window in self.windows], np.int32),
+            inverse_frequencies=np.stack([rope.inverse_frequencies(self.head_dim) for rope in ropes]),
+            rope_magnitude=np.array([rope.magnitude for rope in ropes], np.float32),
+        )
+        return jax.tree.map(lambda array: array[:-1], every), jax.tree.map(lambda array: np.asarray(array[-1]), every)
 
 
 class Attention(eqx.Module):
@@ -84,6 +154,11 @@ class Attention(eqx.Module):
     k: Float[Array, "*stack embed kv_heads head_dim"] = param("fsdp", "tp", None)
     v: Float[Array, "*stack embed kv_heads head_dim"] = param("fsdp", "tp", None)
     o: Float[Array, "*stack heads head_dim embed"] = param("tp", None, "fsdp")
+    q_bias: Float[Array, "*stack heads_x_head_dim"] | None = param("tp")
+    k_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param("tp")
+    v_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param("tp")
+    q_norm: Float[Array, "*stack q_norm"] | None = param(None)  # head_dim, or heads * head_dim
+    k_norm: Float[Array, "*stack k_norm"] | None = param(None)
 
 
 class MLP(eqx.Module):
@@ -102,8 +177,8 @@ class Cache(eqx.Module):
 class Block(eqx.Module):
     attention: Attention
     mlp: MLP
-    attention_norm: Float[Array, "*stack embed"] = param(None)
-    mlp_norm: Float[Array, "*stack embed"] = param(None)
+    attention_norm: Float[Array, "*stack embed"] | None = param(None)
+    mlp_norm: Float[Array, "*stack embed"] | None = param(None)
     attention_post_norm: Float[Array, "*stack embed"] | None = param(None)
     mlp_post_norm: Float[Array, "*stack embed"] | None = param(None)
 
@@ -112,7 +187,7 @@ class Block(eqx.Module):
         x: Float[Array, "batch time embed"],
         config: ModelConfig,
         positions: Int[Array, "rows time"],
-        window: Int[Array, ""],
+        varying: Varying,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
         """One layer. With a cache, the keys and values of x are written to it at `positions` and all of it is read."""
@@ -121,23 +196,43 @@ class Block(eqx.Module):
         def norm(value, weight):
             return value if weight is None else layers.rms_norm(value, weight, config.norm_eps, config.norm_plus_one)
 
-        normed = norm(x, weights.attention_norm)
-        frequencies = config.inverse_frequencies()
-        q = layers.rope(layers.project(normed, weights.attention.q), positions, frequencies)
-        k = layers.rope(layers.project(normed, weights.attention.k), positions, frequencies)
-        v = layers.project(normed, weights.attention.v)
+        def project(value, weight, bias):
+            projected = layers.project(value, weight)
+            return projected if bias is None else projected + bias.reshape(projected.shape[2:])
+
+        def rotate(value, weight):
+            if weight is not None:
+                value = head_norm(value, weight, config)
+            return layers.rope(value, positions, varying.inverse_frequencies, varying.rope_magnitude)
+
+        normed, attention = norm(x, weights.attention_norm), weights.attention
+        q = rotate(project(normed, attention.q, attention.q_bias), attention.q_norm)
+        k = rotate(project(normed, attention.k, attention.k_bias), attention.k_norm)
+        v = project(normed, attention.v, attention.v_bias)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
             k, v = cache.k, cache.v
-        mixed = layers.attend(q, k, v, positions, window, config.scale, config.attention_softcap)
-        x = x + norm(tp_sum(layers.project(mixed, weights.attention.o, inner=2)), weights.attention_post_norm)
+        mixed = layers.attend(q, k, v, positions, varying.window, config.scale, config.attention_softcap)
+        x = x + norm(tp_sum(layers.project(mixed, attention.o, inner=2)), weights.attention_post_norm)
 
         normed = norm(x, weights.mlp_norm)
         activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
         gated = activation(layers.project(normed, weights.mlp.gate)) * layers.project(normed, weights.mlp.up)
         x = x + norm(tp_sum(layers.project(gated, weights.mlp.down)), weights.mlp_post_norm)
         return x, cache
+
+
+def head_norm(
+    x: Float[Array, "batch time heads head_dim"], weight: Float[Array, " norm"], config: ModelConfig
+) -> Float[Array, "batch time heads head_dim"]:
+    """RMS norm of queries or keys: of each head (Qwen 3, Gemma 3), or over all heads of all devices (OLMo 2)."""
+    if config.qk_norm == "head":
+        return layers.rms_norm(x, weight, config.norm_eps, config.norm_plus_one)
+    flat = x.reshape(*x.shape[:2], -1)
+    mean_square = tp_sum(jnp.sum(jnp.square(flat.astype(jnp.float32)), -1, keepdims=True)) / weight.shape[0]
+    weight = tp_slice(weight, flat.shape[-1])
+    return layers.rms_norm(flat, weight, config.norm_eps, config.norm_plus_one, mean_square).reshape(x.shape)
 
 
 class Transformer(eqx.Module):
@@ -177,21 +272,22 @@ class Transformer(eqx.Module):
         all layers and all positions exists."""
         x = self.embed_tokens(inputs, ngram, dtype)
         positions = jnp.arange(inputs.shape[1])[None]
-        windows = jnp.array([window or EVERYTHING for window in self.config.windows[:-1]])
+        stacked, _ = self.config.varying()
 
         def body(x, layer):
-            block, window = layer
-            x, _ = block(x, self.config, positions, window)
+            block, varying = layer
+            x, _ = block(x, self.config, positions, varying)
             return x, pick(x, picks)
 
         first = pick(x, picks)
-        x, rest = jax.lax.scan(jax.checkpoint(body, policy=REMAT_POLICIES[remat]), x, (self.blocks, windows))
+        x, rest = jax.lax.scan(jax.checkpoint(body, policy=REMAT_POLICIES[remat]), x, (self.blocks, stacked))
         return x, None if picks is None else jnp.concatenate([first[None], rest])
 
     def finish(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
         """The last block and the final norm."""
         positions = jnp.arange(x.shape[1])[None]
-        x, _ = self.last(x, self.config, positions, jnp.array(self.config.windows[-1] or EVERYTHING))
+        _, last = self.config.varying()
+        x, _ = self.last(x, self.config, positions, last)
         return self.final_norm(x)
 
     def final_norm(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
@@ -212,31 +308,46 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
     def normal(*shape, scale=0.02):
         return scale * jax.random.normal(next(keys), shape, jnp.float32)
 
-    def identity(*stack):
-        return jnp.full((*stack, config.embed), 0.0 if config.norm_plus_one else 1.0, jnp.float32)
+    def identity(*shape):
+        return jnp.full(shape, 0.0 if config.norm_plus_one else 1.0, jnp.float32)
 
     def block(*stack):
         c, out = config, 0.02 / math.sqrt(2 * config.layers)
+
+        def head_norm(heads):
+            channels = {"head": c.head_dim, "all": heads * c.head_dim}
+            return None if c.qk_norm is None else identity(*stack, channels[c.qk_norm])
+
+        def bias(heads):
+            return jnp.zeros((*stack, heads * c.head_dim), jnp.float32) if c.qkv_bias else None
+
+        def norms(wanted):
+            return (identity(*stack, c.embed), identity(*stack, c.embed)) if wanted else (None, None)
+
         attention = Attention(
             q=normal(*stack, c.embed, c.heads, c.head_dim),
             k=normal(*stack, c.embed, c.kv_heads, c.head_dim),
             v=normal(*stack, c.embed, c.kv_heads, c.head_dim),
             o=normal(*stack, c.heads, c.head_dim, c.embed, scale=out),
+            q_bias=bias(c.heads),
+            k_bias=bias(c.kv_heads),
+            v_bias=bias(c.kv_heads),
+            q_norm=head_norm(c.heads),
+            k_norm=head_norm(c.kv_heads),
         )
         mlp = MLP(
             gate=normal(*stack, c.embed, c.mlp),
             up=normal(*stack, c.embed, c.mlp),
             down=normal(*stack, c.mlp, c.embed, scale=out),
         )
-        post_norms = (identity(*stack), identity(*stack)) if c.post_norms else (None, None)
-        return Block(attention, mlp, identity(*stack), identity(*stack), *post_norms)
+        return Block(attention, mlp, *norms(c.pre_norms), *norms(c.post_norms))
 
     return Transformer(
         embed=normal(config.vocab_size, config.embed),
         expansion=None if config.expansion_size is None else normal(config.expansion_size, config.embed),
         blocks=block(config.layers - 1),
         last=block(),
-        norm=identity(),
+        norm=identity(config.embed),
         unembed=None if config.tied else normal(config.vocab_size, config.embed),
         config=config,
     )

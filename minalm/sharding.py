@@ -138,6 +138,11 @@ def tp_offset(size: int) -> Int[Array, ""]:
     return jax.lax.axis_index("tp") * size
 
 
+def tp_slice(x: Shaped[Array, "..."], size: int) -> Shaped[Array, "..."]:
+    """This device's slice of a leading dimension that is stored whole but used in slices of `size` over `tp`."""
+    return jax.lax.dynamic_slice_in_dim(x, tp_offset(size), size)
+
+
 def rows_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """The sum over the devices that hold different rows of the batch: local sums become sums over the whole batch."""
     return jax.lax.psum(x, "fsdp")

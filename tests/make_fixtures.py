@@ -1,7 +1,7 @@
 """Writes tests/fixtures: tiny models with random weights, and the logits that transformers computes from them.
 
 Run by hand, in an environment with torch and transformers (the numbers stored were made with torch 2.13.0 and
-transformers 5.23.0): `python tests/make_fixtures.py`. All sizes differ, so that no two axes can be confused; weights and
+transformers 5.24.0): `python tests/make_fixtures.py`. All sizes differ, so that no two axes can be confused; weights and
 settings are such that every switch moves the logits (test_models.py asserts it). Weights are stored in bfloat16 and
 computed with in float32.
 """
@@ -11,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SIZES = {
@@ -45,20 +55,55 @@ GEMMA2 = {
     "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 3.0,
 }
+GEMMA3 = {
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+    },
+    "query_pre_attn_scalar": 7,
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.1,
+    "original_max_position_embeddings": 16,
+}
+PLAIN = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+WINDOWS = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+OLMO3 = {
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": YARN,
+    },
+    **WINDOWS,
+}
 MODELS = {
     "llama3": LlamaConfig(**SIZES, **LLAMA3, tie_word_embeddings=False),
     "llama3_tied": LlamaConfig(**SIZES, **LLAMA3, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SIZES, **GEMMA2, tie_word_embeddings=True),
     "gemma2_untied": Gemma2Config(**SIZES, **GEMMA2, tie_word_embeddings=False),
+    "gemma3": Gemma3TextConfig(**SIZES, **GEMMA3),
+    "mistral": MistralConfig(**SIZES, **PLAIN, sliding_window=3),
+    "qwen2": Qwen2Config(**SIZES, **PLAIN, **WINDOWS, use_sliding_window=True),
+    "qwen2_yarn": Qwen2Config(**SIZES, **PLAIN | {"rope_parameters": {**YARN, "truncate": False}}),
+    "qwen3": Qwen3Config(**SIZES, **PLAIN, tie_word_embeddings=True),
+    "olmo2": Olmo2Config(**SIZES, **PLAIN),
+    "olmo3": Olmo3Config(**SIZES, **OLMO3),
 }
 
 
 def main() -> None:
     for seed, (name, config) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
-        # Gemma 2's scores and logits must be large enough for its soft-caps; those of Llama, which nothing bounds, small
-        # enough for float32: with 1.5 transformers itself is off by 1.7e-5 against float64.
-        scale = 1.0 if config.model_type == "llama" else 1.5
+        # Gemma 2's scores and logits must be large enough for its soft-caps; those of the others, which nothing bounds,
+        # small enough for float32: with 1.5 transformers itself is off by 1.7e-5 against float64 (Llama).
+        scale = 1.5 if config.model_type == "gemma2" else 1.0
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         with torch.no_grad():
             for parameter in model.parameters():

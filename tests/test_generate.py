@@ -13,7 +13,7 @@ from minalm import layers, sharding
 from minalm.evaluate import measure
 from minalm.generate import generate, sample
 from minalm.head import Entries
-from minalm.model import ModelConfig, Transformer, initialize
+from minalm.model import ModelConfig, Rope, Transformer, initialize
 from minalm.sharding import ROWS, P, make_mesh, place, specs
 from minalm.types import AlignedChunks, Batch, Tokens
 
@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
     kv_heads=2,
     head_dim=10,
     windows=(3, None, 4),
-    rope_theta=100.0,
+    rope=Rope(100.0),
     attention_softcap=5.0,
     final_softcap=30.0,
     norm_plus_one=True,

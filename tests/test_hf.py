@@ -12,7 +12,7 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from minalm import families, hf
-from minalm.model import ModelConfig, RopeScaling, Transformer, initialize
+from minalm.model import LinearScaling, Llama3Scaling, ModelConfig, Rope, Transformer, YarnScaling, initialize
 from minalm.text import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -20,9 +20,9 @@ SIZES = {"vocab_size": 58, "embed": 24, "mlp": 34, "layers": 3, "heads": 6, "kv_
 LLAMA = ModelConfig(
     **SIZES,
     windows=(None, None, None),
-    rope_theta=100.0,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+    rope=Rope(100.0, Llama3Scaling(8.0, 1.0, 4.0, 16)),
     tied=False,
+    model_type="llama",
 )
 GEMMA = ModelConfig(
     **SIZES,
@@ -35,10 +35,11 @@ GEMMA = ModelConfig(
     post_norms=True,
     activation="gelu_tanh",
     embedding_scale=24**0.5,
+    model_type="gemma2",
 )
 CONFIGS = {
     "llama": LLAMA,
-    "llama tied, no scaling": dataclasses.replace(LLAMA, tied=True, rope_scaling=None),
+    "llama tied, no scaling": dataclasses.replace(LLAMA, tied=True, rope=Rope(100.0)),
     "llama with expansion": dataclasses.replace(LLAMA, expansion_size=77),
     "gemma2": GEMMA,
     "gemma2 untied, full attention": dataclasses.replace(GEMMA, tied=False, windows=(None, None, None)),
@@ -142,6 +143,95 @@ GEMMA_2_2B = {
 }
 
 
+YARN = {
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "yarn",
+}
+OLMO_3 = {
+    "architectures": ["Olmo3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "model_type": "olmo3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": YARN,
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 100278,
+}
+GEMMA_3_270M = {
+    "_sliding_window_pattern": 6,
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "use_bidirectional_attention": False,
+    "vocab_size": 262144,
+}
+QWEN_2_5 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN_3 = QWEN_2_5 | {"model_type": "qwen3", "head_dim": 128, "attention_bias": False, "rope_scaling": None}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
 def random_model(config: ModelConfig) -> Transformer:
     """Norms included, so that each tensor differs from every other."""
     shapes = families.leaves(families.abstract(config))
@@ -193,7 +283,7 @@ def test_round_trip_keeps_every_bit(tmp_path, config):
     assert len(modes) == 1
 
 
-@pytest.mark.parametrize("name", ("llama3", "llama3_tied", "gemma2", "gemma2_untied"))
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
 def test_files_of_transformers_come_out_again(tmp_path, name):
     """The tensors that torch wrote: same names, shapes, bits."""
     hf.save(tmp_path / "model", hf.load(FIXTURES / name, np.float32), "bfloat16")
@@ -319,17 +409,16 @@ def test_published_llama(tmp_path):
         kv_heads=8,
         head_dim=128,
         windows=(None,) * 28,
-        rope_theta=500_000.0,
-        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        rope=Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
         norm_eps=1e-5,
         tied=True,
+        model_type="llama",
     )
 
 
 def test_published_smollm2(tmp_path):
     config = read(tmp_path, SMOLLM2_135M)
-    assert (config.head_dim, config.kv_heads, config.rope_theta, config.tied) == (64, 3, 100_000.0, True)
-    assert config.rope_scaling is None
+    assert (config.head_dim, config.kv_heads, config.rope, config.tied) == (64, 3, Rope(100_000.0), True)
 
 
 def test_published_gemma2(tmp_path):
@@ -352,7 +441,80 @@ def test_published_gemma2(tmp_path):
         activation="gelu_tanh",
         embedding_scale=48.0,
         tied=True,
+        model_type="gemma2",
     )
+
+
+def test_published_olmo3(tmp_path):
+    config = read(tmp_path, OLMO_3)
+    assert config.windows == (4096, 4096, 4096, None) * 8 and config.qk_norm == "all"
+    assert (config.pre_norms, config.post_norms) == (False, True)
+    assert config.rope == Rope(500_000.0, YarnScaling(8.0, 1.2079441541679836, 32.0, 1.0, 8192))
+    assert config.local_rope == Rope(500_000.0)
+    without = {key: value for key, value in OLMO_3.items() if key != "layer_types"}
+    assert read(tmp_path, without) == config
+    new = {key: value for key, value in OLMO_3.items() if key not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = {
+        "full_attention": YARN | {"rope_theta": 500000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+    }
+    assert read(tmp_path, new) == config
+    # Without its own attention factor it is 1 + 0.1 log(factor), the one that was written down.
+    unsaid = {key: value for key, value in YARN.items() if key != "attention_factor"}
+    assert read(tmp_path, OLMO_3 | {"rope_scaling": unsaid}).rope == config.rope
+
+
+def test_published_gemma3(tmp_path):
+    config = read(tmp_path, GEMMA_3_270M)
+    assert config.windows == ((512,) * 5 + (None,)) * 3 and config.qk_norm == "head"
+    assert (config.rope, config.local_rope) == (Rope(1e6), Rope(1e4))
+    assert (config.query_scale, config.norm_plus_one, config.post_norms) == (1 / 16, True, True)
+    without = {key: value for key, value in GEMMA_3_270M.items() if key != "layer_types"}
+    assert read(tmp_path, without) == config
+    assert read(tmp_path, without | {"sliding_window_pattern": 2}).windows == (512, None) * 9
+    scaled = read(tmp_path, GEMMA_3_270M | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}})
+    assert (scaled.rope, scaled.local_rope) == (Rope(1e6, LinearScaling(8.0)), Rope(1e4))
+    new = {key: value for key, value in GEMMA_3_270M.items() if not key.startswith("rope_")}
+    new["rope_parameters"] = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert read(tmp_path, new) == config == read(tmp_path, {k: v for k, v in new.items() if k != "rope_parameters"})
+
+
+def test_published_qwen(tmp_path):
+    config = read(tmp_path, QWEN_2_5)
+    assert (config.qkv_bias, config.qk_norm, config.head_dim, config.tied) == (True, None, 64, True)
+    assert config.windows == (None,) * 24
+    assert read(tmp_path, QWEN_2_5 | {"use_sliding_window": True}).windows == (None,) * 21 + (32768,) * 3
+    config = read(tmp_path, QWEN_3)
+    assert (config.qkv_bias, config.qk_norm, config.head_dim) == (False, "head", 128)
+
+
+def test_published_mistral(tmp_path):
+    assert read(tmp_path, MISTRAL).windows == (4096,) * 32
+    assert read(tmp_path, MISTRAL | {"sliding_window": None}).windows == (None,) * 32
+    assert read(tmp_path, MISTRAL | {"head_dim": 64}).head_dim == 64  # Mistral Nemo's is not hidden size / heads
+    without = {key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}
+    assert read(tmp_path, without).kv_heads == 8
+
+
+def test_what_the_published_byte_models_call_a_norm_of_queries_and_keys(tmp_path):
+    config = read(tmp_path, LLAMA_3_2_3B | {"model_type": "tpu_llama", "add_qk_norm": True, "skip_out_norm": False})
+    assert config.qk_norm == "head" and read(tmp_path, LLAMA_3_2_3B).qk_norm is None
+
+
+@pytest.mark.parametrize(
+    "published",
+    (OLMO_3, GEMMA_3_270M, QWEN_2_5, QWEN_3, MISTRAL, LLAMA_3_2_3B, GEMMA_2_2B),
+    ids=lambda values: values["model_type"],
+)
+def test_a_config_comes_out_as_it_was_read(tmp_path, published):
+    """Of the same family, although others could express some of them too."""
+    config = read(tmp_path, published)
+    written = families.config_values(config, "bfloat16")
+    assert written["model_type"] == published["model_type"]
+    assert read(tmp_path, written) == config
 
 
 def test_spellings_of_transformers_5(tmp_path):
@@ -378,8 +540,8 @@ def test_missing_keys_mean_what_transformers_takes(tmp_path):
     needed = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     needed += ("num_attention_heads", "num_key_value_heads")
     config = read(tmp_path, {key: LLAMA_3_2_3B[key] for key in needed})
-    assert (config.head_dim, config.norm_eps, config.rope_theta, config.tied) == (128, 1e-6, 10_000.0, False)
-    assert (config.activation, config.rope_scaling) == ("silu", None)
+    assert (config.head_dim, config.norm_eps, config.rope, config.tied) == (128, 1e-6, Rope(10_000.0), False)
+    assert config.activation == "silu"
     assert read(tmp_path, {key: GEMMA_2_2B[key] for key in needed}) == read(tmp_path, GEMMA_2_2B)
     config = read(tmp_path, {key: LLAMA_3_2_3B[key] for key in needed[:-1]})
     assert config.kv_heads == config.heads
@@ -405,7 +567,8 @@ ROPE = LLAMA_3_2_3B["rope_scaling"]
 @pytest.mark.parametrize(
     "base, changes, named",
     (
-        (LLAMA_3_2_3B, {"model_type": "qwen2"}, "model_type"),
+        (LLAMA_3_2_3B, {"model_type": "phi3"}, "model_type"),
+        (LLAMA_3_2_3B, {"model_type": "gemma3"}, "model_type"),
         (LLAMA_3_2_3B, {"model_type": None}, "model_type"),
         (LLAMA_3_2_3B, {"model_type": ["llama"]}, "model_type"),
         (LLAMA_3_2_3B, {"hidden_act": "relu"}, "hidden_act"),
@@ -427,8 +590,26 @@ ROPE = LLAMA_3_2_3B["rope_scaling"]
         (LLAMA_3_2_3B, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         (LLAMA_3_2_3B, {"rope_theta": -1}, "rope_theta"),
         (LLAMA_3_2_3B, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        (LLAMA_3_2_3B, {"rope_scaling": ROPE | {"rope_type": "yarn"}}, "rope_scaling.*yarn"),
-        (LLAMA_3_2_3B, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
+        (LLAMA_3_2_3B, {"rope_scaling": ROPE | {"rope_type": "longrope"}}, "rope_scaling.*longrope"),
+        (LLAMA_3_2_3B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
+        (LLAMA_3_2_3B, {"rope_scaling": {"type": "linear"}}, "rope_scaling.*factor"),
+        (LLAMA_3_2_3B, {"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "rope_scaling.*'x'"),
+        (LLAMA_3_2_3B, {"rope_scaling": {"type": "yarn"}}, "rope_scaling.*factor"),
+        (LLAMA_3_2_3B, {"rope_scaling": YARN | {"beta_slow": 40.0}}, "rope_scaling.*beta_slow"),
+        (LLAMA_3_2_3B, {"rope_scaling": YARN | {"short_factor": [1.0]}}, "rope_scaling.*short_factor"),
+        (LLAMA_3_2_3B, {"layer_types": ["full_attention"] * 28}, "layer_types"),
+        (LLAMA_3_2_3B, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
+        (LLAMA_3_2_3B | {"model_type": "tpu_llama"}, {"skip_out_norm": True}, "skip_out_norm"),
+        (QWEN_2_5, {"sliding_window": -1}, "sliding_window"),
+        (QWEN_2_5, {"use_sliding_window": 1}, "use_sliding_window"),
+        (QWEN_2_5, {"layer_types": ["sliding_attention"] * 24}, "layer_types"),
+        (QWEN_2_5, {"attention_bias": True}, "attention_bias"),
+        (QWEN_3, {"attention_bias": True}, "attention_bias"),
+        (OLMO_3, {"rope_theta": None}, "rope_theta"),
+        (OLMO_3, {"clip_qkv": 8.0}, "clip_qkv"),
+        (OLMO_3, {"rope_parameters": {"sliding_attention": None, "full_attention": {"rope_theta": 1.0}}}, "twice"),
+        (GEMMA_3_270M, {"sliding_window": None}, "layer_types"),
+        (GEMMA_3_270M, {"rope_parameters": {"sliding_attention": {"rope_theta": 1.0}}}, "rope_local_base_freq"),
         (LLAMA_3_2_3B, {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling.*factor"),
         (LLAMA_3_2_3B, {"rope_scaling": ROPE | {"attention_factor": 2.0}}, "rope_scaling.*attention_factor"),
         (LLAMA_3_2_3B, {"rope_scaling": ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor"),

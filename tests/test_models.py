@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from minalm import hf, layers, sharding
-from minalm.model import Transformer
+from minalm import families, hf, layers, sharding
+from minalm.model import LinearScaling, ModelConfig, Rope, Transformer, YarnScaling
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FLOAT32 = jnp.dtype(jnp.float32)
-NAMES = ("llama3", "llama3_tied", "gemma2", "gemma2_untied")
+NAMES = tuple(sorted(path.name for path in FIXTURES.iterdir()))
 
 
 @cache
@@ -26,8 +26,9 @@ def load(name: str) -> tuple[Transformer, np.ndarray, np.ndarray]:
     return jax.tree.map(jnp.asarray, hf.load(FIXTURES / name, np.float32)), stored["tokens"], stored["logits"]
 
 
-def compute(model: Transformer, tokens: np.ndarray, fsdp: int = 1, tp: int = 1, remat: str = "none") -> np.ndarray:
-    """Logits [batch, time, vocab] in float32."""
+@cache
+def compiled(config: ModelConfig, fsdp: int, tp: int, remat: str):
+    """Placing a model on the mesh, and its logits [batch, time, vocab] in float32."""
     mesh = sharding.make_mesh(fsdp, tp)
 
     def run(model, tokens):
@@ -36,10 +37,15 @@ def compute(model: Transformer, tokens: np.ndarray, fsdp: int = 1, tp: int = 1, 
         logits = jnp.einsum("bte,ve->btv", model.finish(x), table)
         return layers.softcap(logits, model.config.final_softcap)
 
-    specs = sharding.specs(model, mesh)
+    specs = sharding.specs(families.abstract(config), mesh)
     run = jax.shard_map(run, mesh=mesh, in_specs=(specs, sharding.ROWS), out_specs=P("fsdp", None, "tp"))
+    return lambda model: sharding.place(model, mesh), jax.jit(run)
+
+
+def compute(model: Transformer, tokens: np.ndarray, fsdp: int = 1, tp: int = 1, remat: str = "none") -> np.ndarray:
+    place, run = compiled(model.config, fsdp, tp, remat)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(run)(sharding.place(model, mesh), tokens))
+        return np.asarray(run(place(model), tokens))
 
 
 def change(model: Transformer, **settings) -> Transformer:
@@ -49,11 +55,11 @@ def change(model: Transformer, **settings) -> Transformer:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name):
     model, tokens, expected = load(name)
-    assert expected.std() > 0.5 and model.config.tied == (name in ("llama3_tied", "gemma2"))
+    assert expected.std() > 0.5 and model.config.tied == (name in ("llama3_tied", "gemma2", "gemma3", "qwen3"))
     np.testing.assert_allclose(compute(model, tokens), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ("llama3", "gemma2"))
+@pytest.mark.parametrize("name", ("llama3", "gemma2", "gemma3", "qwen2", "olmo3"))
 @pytest.mark.parametrize("fsdp, tp", ((2, 1), (1, 2), (2, 2)))
 def test_logits_on_a_mesh(name, fsdp, tp):
     model, tokens, expected = load(name)
@@ -69,15 +75,15 @@ def test_rematerialisation_does_not_change_the_logits(remat):
 @pytest.mark.parametrize(
     "name, settings",
     (
-        ("llama3", {"rope_scaling": None}),
-        ("llama3", {"rope_theta": 10_000.0}),
+        ("llama3", {"rope": Rope(100.0)}),
+        ("llama3", {"rope": Rope(10_000.0, load("llama3")[0].config.rope.scaling)}),
         ("llama3", {"query_scale": 1 / 24**0.5}),
         ("llama3", {"norm_eps": 1e-2}),
         ("llama3", {"norm_plus_one": True}),
         ("llama3", {"activation": "gelu_tanh"}),
         ("llama3", {"embedding_scale": 24**0.5}),
         ("llama3", {"windows": (3, None, 3)}),
-        ("gemma2", {"rope_theta": 10_000.0}),
+        ("gemma2", {"rope": Rope(10_000.0)}),
         ("gemma2", {"query_scale": None}),
         ("gemma2", {"attention_softcap": None}),
         ("gemma2", {"final_softcap": None}),
@@ -88,6 +94,30 @@ def test_rematerialisation_does_not_change_the_logits(remat):
         ("gemma2", {"windows": (None, 3, None)}),
         ("gemma2", {"windows": (3, None, 4)}),  # one too wide, in the last block
         ("gemma2", {"windows": (4, None, 3)}),  # and in the first
+        ("gemma3", {"rope": Rope(100.0)}),
+        ("gemma3", {"rope": Rope(1_000.0, LinearScaling(4.0))}),
+        ("gemma3", {"rope": Rope(100.0, LinearScaling(2.0))}),
+        ("gemma3", {"local_rope": None}),
+        ("gemma3", {"local_rope": Rope(100.0)}),
+        ("gemma3", {"windows": (3, None, 4)}),
+        ("gemma3", {"query_scale": None}),
+        ("gemma3", {"norm_plus_one": False}),
+        ("gemma3", {"embedding_scale": 1.0}),
+        ("mistral", {"windows": (3, None, 3)}),
+        ("mistral", {"windows": (None, 3, 3)}),
+        ("qwen2", {"windows": (None, None, 3)}),
+        ("qwen2_yarn", {"rope": Rope(100.0)}),
+        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(4.0, 1.2079441541679836, 2.0, 0.1, 16, False))}),
+        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.0, 2.0, 0.1, 16, False))}),
+        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 4.0, 0.1, 16, False))}),
+        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.2, 16, False))}),
+        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.1, 32, False))}),
+        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.1, 16, True))}),
+        ("qwen3", {"norm_eps": 1e-2}),
+        ("olmo2", {"norm_eps": 1e-2}),
+        ("olmo3", {"rope": Rope(100.0)}),
+        ("olmo3", {"local_rope": None}),
+        ("olmo3", {"windows": (3, None, 4)}),
     ),
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )
@@ -96,29 +126,46 @@ def test_every_setting_moves_the_logits(name, settings):
     assert np.abs(compute(change(model, **settings), tokens) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("part", ("blocks", "last"))
-@pytest.mark.parametrize("norm", ("attention_post_norm", "mlp_post_norm"))
-def test_post_norms_move_the_logits(part, norm):
-    model, tokens, expected = load("gemma2")
-    without = eqx.tree_at(lambda model: getattr(getattr(model, part), norm), model, None)
-    assert np.abs(compute(without, tokens) - expected).max() > 1e-2
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_moves_the_logits(name):
+    """Norms, biases and norms of queries and keys among them; of the stacked blocks the first one alone."""
+    model, tokens, expected = load(name)
+    random = np.random.default_rng(0)
+    for leaf, array in families.leaves(model).items():
+        first = (slice(None),) if not leaf.startswith("blocks.") else (0,)
+        changed = np.array(array)
+        changed[first] += random.normal(size=changed[first].shape).astype(np.float32)
+        changed = families.from_leaves(model.config, families.leaves(model) | {leaf: jnp.asarray(changed)})
+        assert np.abs(compute(changed, tokens) - expected).max() > 1e-2, leaf
+
+
+def test_a_norm_over_all_heads_is_not_one_of_each_head():
+    model, tokens, expected = load("olmo2")
+    split = change(model, qk_norm="head")
+    one = jax.tree.map(jnp.ones_like, (split.blocks.attention, split.last.attention))
+    for part, ones in zip(("blocks", "last"), one):
+        for norm in ("q_norm", "k_norm"):
+            split = eqx.tree_at(
+                lambda model: getattr(getattr(model, part).attention, norm), split, getattr(ones, norm)[..., :10]
+            )
+    assert np.abs(compute(split, tokens) - expected).max() > 1e-2
 
 
 @pytest.mark.parametrize("scaling", ("factor", "low_freq_factor", "high_freq_factor", "original_length"))
 def test_each_number_of_rope_scaling_moves_the_logits(scaling):
     model, tokens, expected = load("llama3")
-    old = model.config.rope_scaling
+    old = model.config.rope.scaling
     changed = dataclasses.replace(old, **{scaling: 2 * getattr(old, scaling)})
-    assert np.abs(compute(change(model, rope_scaling=changed), tokens) - expected).max() > 1e-2
+    assert np.abs(compute(change(model, rope=Rope(100.0, changed)), tokens) - expected).max() > 1e-2
 
 
 def test_rope_scaling_in_its_three_bands():
     """Against the definition of the Llama 3.1 release: by wavelength, and a straight line in between."""
     config = load("llama3")[0].config
-    scaling = config.rope_scaling
+    scaling = config.rope.scaling
     bands = set()
-    for channel, found in enumerate(config.inverse_frequencies()):
-        frequency = config.rope_theta ** (-2 * channel / config.head_dim)
+    for channel, found in enumerate(config.rope.inverse_frequencies(config.head_dim)):
+        frequency = config.rope.theta ** (-2 * channel / config.head_dim)
         wavelength = 2 * np.pi / frequency
         if wavelength < scaling.original_length / scaling.high_freq_factor:
             expected, band = frequency, "kept"
@@ -211,7 +258,8 @@ def test_rope_against_loops():
         angle = float(positions[row, time]) * float(frequencies[pair])
         turned = complex(x[row, time, head, pair], x[row, time, head, pair + 4]) * np.exp(1j * angle)
         expected[row, time, head, pair], expected[row, time, head, pair + 4] = turned.real, turned.imag
-    np.testing.assert_allclose(layers.rope(jnp.asarray(x), jnp.asarray(positions), frequencies), expected, atol=1e-5)
+    found = layers.rope(jnp.asarray(x), jnp.asarray(positions), frequencies, np.array(1.5, np.float32))
+    np.testing.assert_allclose(found, 1.5 * expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("plus_one", (False, True))

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 import train
 from minalm import families, head, sharding
 from minalm.losses import LossConfig
-from minalm.model import ModelConfig, initialize
+from minalm.model import ModelConfig, Rope, initialize
 from minalm.sharding import P, make_mesh, place, place_rows, specs
 from minalm.text import InputError
 from minalm.types import AlignedChunks, Batch, Tokens
@@ -31,7 +31,7 @@ TEACHER = ModelConfig(
     kv_heads=4,
     head_dim=6,
     windows=(3, None, 5, None),
-    rope_theta=100.0,
+    rope=Rope(100.0),
     query_scale=14**-0.5,
     attention_softcap=5.0,
     final_softcap=3.0,
