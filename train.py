@@ -291,7 +291,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(
             out=Path("runs/smollm2-135m-byte"),
             teacher=Path("SmolLM2-135M-Instruct"),
-            steps=280,  # two hours of two CPU cores
+            steps=200,  # an hour of two CPU cores
             batch_size=4,
             piece_bytes=512,
             student_length=512,
