@@ -1,5 +1,6 @@
 """Input expansion of byte students: the longest token of the original vocabulary that ends at each byte."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ class LongestSuffix:
     parent: Int64[np.ndarray, " tokens"]  # the longest other token that the token begins with
     original: Int32[np.ndarray, " tokens"]  # the token's id in the original vocabulary
     control: Int32[np.ndarray, " new"]  # the original id for each of the student's ids from 256 on
+    unread: Mapping[tuple[int, ...], int]  # tokens, as student ids, that no text and no header ever spells
 
     def __call__(self, inputs: Integer[np.ndarray, "batch time"]) -> Int32[np.ndarray, "batch time"]:
         """Original ids for rows of a byte vocabulary's ids. Each depends on the ids up to its position only.
@@ -81,8 +83,63 @@ def longest_suffix(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
             control.append(original.id_of_bytes[word.encode()])
         else:
             raise InputError(f"{original.name} has no token {word!r}: give the student control tokens of the original")
+    tokens = {token: i for token, i in original.id_of_bytes.items() if len(token) <= WINDOW}
+    return _longest_suffix(tokens, control, {})
 
-    ids = {token[::-1]: i for token, i in original.id_of_bytes.items() if len(token) <= WINDOW} | {b"": 0}
+
+def write_expansion(ngrams: LongestSuffix) -> list:
+    """`expand_input_ids_dict` of config.json, in the layout of the published byte models: [map, ids of control tokens].
+
+    A key of the map is the student's ids of a token, each plus one, the last one first, with commas; its value is the
+    token's original id plus one. "" stands for no token.
+    """
+    letters = ngrams.keys.view(np.uint8).reshape(-1, WINDOW).tolist()
+    columns = zip(letters, ngrams.length.tolist(), ngrams.original.tolist())
+    text = {tuple(reversed(row[:length])): i for row, length, i in columns if length}
+    single = {(256 + number,): int(i) for number, i in enumerate(ngrams.control)}
+    tokens = sorted((text | single | dict(ngrams.unread)).items(), key=lambda item: (item[1], item[0]))
+    keys = {",".join(str(i + 1) for i in reversed(ids)): original + 1 for ids, original in tokens}
+    return [{"": -1, **keys}, [256 + number for number in range(len(ngrams.control))]]
+
+
+def read_expansion(place: str, values: object, student_size: int, original_size: int) -> LongestSuffix:
+    """The inverse of `write_expansion`; the map is taken as it is.
+
+    In the map of a published model, words of the chat template ("user") have ids of their own, and tokens that hold
+    such a word are spelled with them. No text of ours is: they are kept for the way back, and never found. Raises
+    InputError, naming `place`, for a map that is none.
+    """
+
+    def wrong(what: str) -> InputError:
+        return InputError(f"{place}, 'expand_input_ids_dict': {what}: take the file from the original model")
+
+    if not isinstance(values, list | tuple) or len(values) != 2 or not isinstance(values[0], dict):
+        raise wrong("not a map and a list")
+    tokens, control, unread = {}, [0] * (student_size - 256), {}
+    for key, value in values[0].items():
+        if not key:
+            continue
+        try:
+            ids = tuple(int(part) - 1 for part in reversed(key.split(",")))
+        except ValueError as error:
+            raise wrong(f"the key {key!r} is not a list of ids") from error
+        if len(ids) > WINDOW or not all(0 <= i < student_size for i in ids):
+            raise wrong(f"the key {key!r} is not of 1 to {WINDOW} ids of the vocabulary's {student_size}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= original_size:
+            raise wrong(f"{key!r} has the value {value!r}, which is no row of {original_size}")
+        if max(ids) < 256:
+            tokens[bytes(ids)] = value - 1
+        elif len(ids) == 1:
+            control[ids[0] - 256] = value - 1
+        else:
+            unread[ids] = value - 1
+    return _longest_suffix(tokens, control, unread)
+
+
+def _longest_suffix(
+    original: Mapping[bytes, int], control: list[int], unread: Mapping[tuple[int, ...], int]
+) -> LongestSuffix:
+    ids = {token[::-1]: i for token, i in original.items()} | {b"": 0}
     tokens = sorted(ids)
     parent, path = [], [0]  # path: the beginnings of a token that are tokens themselves
     for i, token in enumerate(tokens):
@@ -100,6 +157,7 @@ def longest_suffix(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
         parent=np.array(parent, np.int64),
         original=np.array([ids[token] for token in tokens], np.int32),
         control=np.array(control, np.int32),
+        unread=unread,
     )
 
 

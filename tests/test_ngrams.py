@@ -1,5 +1,6 @@
 """The longest original token that ends at each byte, against a search through all lengths."""
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import GEMMA, vocabulary
 
-from minalm.ngrams import longest_suffix
+from minalm.ngrams import longest_suffix, read_expansion, write_expansion
 from minalm.text import Control, InputError, Segment
 from minalm.vocab import Vocabulary, byte_vocabulary
 
@@ -81,6 +82,65 @@ def test_words_of_a_longer_control_list_are_single():
     ngrams = longest_suffix(gemma, student)
     row = np.array([[*b"\n", student.control["user"], *b"er"]], np.int32)
     assert [gemma.token_bytes[i] for i in ngrams(row)[0]] == [b"\n", b"user", b"e", b"er"]
+
+
+@given(tokens=TOKENS)
+@settings(max_examples=100, deadline=None)
+def test_a_map_comes_out_of_config_json_again(tokens):
+    control = {"<a>": len(tokens), "<b>": len(tokens) + 1}
+    original = Vocabulary("original", None, None, {}, (*tokens, b"", b""), control, {})
+    ngrams = longest_suffix(original, byte_vocabulary(original, ["<b>", "<a>"]))
+    written = write_expansion(ngrams)
+    found = read_expansion("config.json", json.loads(json.dumps(written)), 258, len(tokens) + 2)
+    for field in ("keys", "length", "original", "control", "parent"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(ngrams, field))
+    assert write_expansion(found) == written
+    ids = {token: i for i, token in reversed([*enumerate(tokens)]) if len(token) <= 16}
+    keys = {",".join(str(byte + 1) for byte in token[::-1]): i + 1 for token, i in ids.items()}
+    assert written == [{"": -1, "257": control["<b>"] + 1, "258": control["<a>"] + 1, **keys}, [256, 257]]
+
+
+def published_search(ids: list[int], table: Mapping[tuple[int, ...], int]) -> list[int]:
+    """The rule of the published models: the longest key of the map, over ids plus one from the last to the first."""
+    found = []
+    for position in range(len(ids)):
+        last = [i + 1 for i in ids[max(0, position - 15) : position + 1]][::-1]
+        lengths = [length for length in range(len(last), 0, -1) if tuple(last[:length]) in table]
+        found.append(table[tuple(last[: lengths[0]])] - 1 if lengths else 0)
+    return found
+
+
+def test_the_map_of_a_published_model_is_used_as_it_is():
+    """With "user" as an id of its own, within other tokens too, and a long token that is keyed by its last 16 bytes."""
+    tokens = {(256,): 7, (257,): 8, tuple(b"a"): 3, tuple(b"\n"): 4, tuple(b"sa"): 5, (257, 115): 6, (32, 257): 9}
+    tokens |= {(32,) * 16: 2, tuple(b"u"): 10}
+    table = {",".join(str(i + 1) for i in ids[::-1]): original + 1 for ids, original in tokens.items()}
+    values = [{"": -1, **table}, [256]]
+    ngrams = read_expansion("config.json", values, 258, 11)
+    assert write_expansion(ngrams)[0] == values[0]
+    table = {tuple(int(i) for i in key.split(",")): value for key, value in table.items()}
+    for row in ([256, 257, 10, 97, 115, 97], [256, *b"users", 256, *b"sa"], [*b" " * 20, 256, 257, 10], [*b"xyz"]):
+        assert ngrams(np.array([row], np.int32))[0].tolist() == published_search(row, table)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    (
+        (None, "not a map and a list"),
+        ({"98": 1}, "not a map and a list"),
+        ([["98"], []], "not a map and a list"),
+        ([{"98,x": 1}, []], "'98,x' is not a list of ids"),
+        ([{"300": 1}, []], "'300' is not of 1 to 16 ids of the vocabulary's 258"),
+        ([{"0": 1}, []], "'0' is not of"),
+        ([{",".join(["98"] * 17): 1}, []], "is not of 1 to 16 ids"),
+        ([{"98": 0}, []], "'98' has the value 0, which is no row of 9"),
+        ([{"98": 10}, []], "'98' has the value 10"),
+        ([{"98": "1"}, []], "'98' has the value '1'"),
+    ),
+)
+def test_a_map_that_is_none(values, message):
+    with pytest.raises(InputError, match=f"^config.json, 'expand_input_ids_dict': .*{message}"):
+        read_expansion("config.json", values, 258, 9)
 
 
 def test_what_cannot_be_expanded():
