@@ -16,7 +16,8 @@ MODULES = {path.stem: path for path in (ROOT / "minalm").glob("*.py") if path.st
 IMPORTS = {
     "text": set(),
     "stdlib_text": {"text"},
-    "vocab": {"text"},
+    "chat": {"text"},
+    "vocab": {"chat", "text"},
     "align": {"vocab"},
     "ngrams": {"text", "vocab"},
     "transfer": {"text", "vocab"},
@@ -36,7 +37,7 @@ IMPORTS = {
     "checkpoint": {"text"},
     "report": {"types", "vocab"},
 }
-HOST = ("text", "stdlib_text", "vocab", "align", "ngrams", "transfer")  # numpy only
+HOST = ("text", "stdlib_text", "chat", "vocab", "align", "ngrams", "transfer")  # numpy only
 
 
 def parsed(path: Path) -> ast.Module:
