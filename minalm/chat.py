@@ -69,24 +69,24 @@ def chat_parts(template: ChatTemplate, names: Mapping[str, str], control: Mappin
     be rendered, or does not write a user's and an assistant's messages in the same way wherever they stand.
     """
     bos = names.get("bos_token", "")
+    named = {role[0]: role for role in ROLES}  # a chat is given by the initials of its roles
 
-    def gaps(initials: str) -> list[str]:
-        """What stands before, between and after the texts of a chat, given by the initials of its roles."""
-        roles = [next(role for role in ROLES if role[0] == initial) for initial in initials]
-        texts = [f"Zq{number}qZ" for number in range(len(roles))]
-        rendered = render(template, [{"role": role, "content": text} for role, text in zip(roles, texts)], names)
+    def gaps(chat: str) -> list[str]:
+        """What stands before, between and after the texts of a chat."""
+        texts = [f"Zq{number}qZ" for number in range(len(chat))]
+        messages = [{"role": named[initial], "content": text} for initial, text in zip(chat, texts, strict=True)]
+        rendered = render(template, messages, names)
         if re.findall(r"Zq\d+qZ", rendered) != texts:
             raise _strange(template)
         return re.split(r"Zq\d+qZ", rendered)
 
-    def agrees(initials: str, before: str) -> bool:
+    def written(chat: str, before: str) -> bool:
         """Whether the parts, put together after `before`, are what the template writes."""
-        roles = [next(role for role in ROLES if role[0] == initial) for initial in initials]
-        after = ["", *(ends[end_of(role, False).part] for role in roles)]
-        after[-1] = ends[end_of(roles[-1], True).part]
-        return gaps(initials) == [before + headers[roles[0]]] + [
-            end + headers.get(role, "") for end, role in zip(after[1:], [*roles[1:], ""], strict=True)
-        ]
+        roles = [named[initial] for initial in chat]
+        after = [ends[end_of(role, number == len(chat)).part] for number, role in enumerate(roles, start=1)]
+        following = [*(headers[role] for role in roles[1:]), ""]
+        together = [end + header for end, header in zip(after, following, strict=True)]
+        return gaps(chat) == [before + headers[roles[0]], *together]
 
     (opening, user_end), (_, to_answer, to_question, _, chat_end) = gaps("u"), gaps("uaua")
     # A name of bos that stands before other messages as well is no bos (SmolLM2).
@@ -103,15 +103,15 @@ def chat_parts(template: ChatTemplate, names: Mapping[str, str], control: Mappin
     before = opening.removesuffix(header)
     if all(word in control for word in _words(before, control)):
         start = before  # else a default system message
-    if not all(agrees(initials, before) for initials in ("u", "ua", "uau", "uaua")):
+    if not all(written(chat, before) for chat in ("u", "ua", "uau", "uaua")):
         raise _strange(template)
     try:
         system, to_question, _ = gaps("su")
         headers["system"], ends["end_of_system"] = system.removeprefix(start), to_question.removesuffix(header)
-        written = all(agrees(initials, start) for initials in ("su", "sua", "suau", "suaua"))
+        has_system = all(written(chat, start) for chat in ("su", "sua", "suau", "suaua"))
     except InputError:
-        written = False
-    if not written:
+        has_system = False
+    if not has_system:
         headers.pop("system", None)
         ends.pop("end_of_system", None)
     split = {part: _words(text, control) for part, text in ends.items()}

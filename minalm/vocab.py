@@ -312,15 +312,15 @@ def load_vocabulary(path: Path) -> Vocabulary:
             "use a byte-level tokenizer or one with byte fallback"
         )
     normalizer = _unicode_normalizer(spec.get("normalizer"))
-    asked = config.get("add_bos_token")  # where tokenizer_config.json says it, the post-processor does not matter
-    adds_bos = names["bos"] in control and (asked if isinstance(asked, bool) else names["bos"] in prefixes(spec))
     try:
         own, refusal = _own_parts(file.parent, names, control), ""
     except InputError as error:
         own, refusal = None, str(error)
     template = _template(control, names, own)
+    asked = config.get("add_bos_token")  # where tokenizer_config.json says it, the post-processor does not matter
+    adds_bos = asked if isinstance(asked, bool) else prefixes(spec)[:1] == list(template["bos"])
     values = str(path), tokenizer, normalizer, fallback, tuple(token_bytes), control, template
-    return Vocabulary(*values, continuing, adds_bos, refusal)
+    return Vocabulary(*values, continuing, adds_bos and template["bos"] != (), refusal)
 
 
 def prefixes(spec: Mapping[str, Any]) -> list[str]:
@@ -376,10 +376,11 @@ def _from_byte_level(token: str) -> bytes:
 
 
 def _steps(spec: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or post-processor, those of sequences in sequences too."""
-    return (
-        [part for step in spec[key] for part in _steps(step, key)] if spec and key in spec else [spec] if spec else []
-    )
+    """The steps of a normalizer, pre-tokenizer or post-processor, also where there is one, none, or lists in lists."""
+    steps = [spec] if spec else []
+    while any(step["type"] == "Sequence" for step in steps):
+        steps = [part for step in steps for part in step.get(key, [step])]
+    return steps
 
 
 def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -454,10 +455,10 @@ _MARKERS = ("bos", "header_open", "end_of_turn", "eos", "pad")
 
 
 def _row(*cells: str) -> Parts:
-    """A template whose messages all end in the same way, and whose chats start as its texts do."""
+    """A template whose messages all end in the same way, and whose chats start as plain texts do."""
     row = {part: tuple(cell.split(" ")) if cell else () for part, cell in zip(_PARTS, cells, strict=True)}
     ends = {end_of(role, last).part: row["end_of_turn"] for role in ROLES for last in (False, True)}
-    return {"bos": row["bos"], "start_of_chat": row["bos"], **row, **ends, "eos": row["eos"], "pad": row["pad"]}
+    return {"bos": row["bos"], "start_of_chat": row["bos"], **row, **ends}
 
 
 # A tokenizer is of the first family whose control tokens it has, and of the one that pads as it does if several fit.

@@ -33,7 +33,7 @@ IMPORTS = {
     "generate": {"head", "model", "sharding"},
     "families": {"model", "text"},
     "hf": {"families", "model", "text"},
-    "student": {"families", "hf", "model", "text", "transfer", "vocab"},
+    "student": {"chat", "families", "hf", "model", "text", "transfer", "vocab"},
     "checkpoint": {"text"},
     "report": {"types", "vocab"},
 }
