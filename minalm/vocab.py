@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -15,7 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 
 from minalm.chat import Parts, chat_parts, read_chat_template
-from minalm.text import ROLES, InputError, Piece, end_of
+from minalm.text import ROLES, Control, InputError, Piece, end_of
+
+_STARTS = (Control("bos"), Control("start_of_chat"))
 
 META = "\u2581"  # how SentencePiece vocabularies write a space
 
@@ -96,8 +98,13 @@ class Vocabulary:
         fallback = frozenset(self.fallback.values())
         return ids | {t: i for i, t in reversed([*enumerate(self.token_bytes)]) if t and i not in fallback}
 
-    def part_ids(self, part: str) -> list[int]:
-        """The tokens of a control part. Raises InputError where the vocabulary has no chat template, or none for it."""
+    def part_ids(self, part: str, whole: bool = True) -> list[int]:
+        """The tokens of a control part; if it is not whole, without a last space that is written with the text after it.
+
+        Raises InputError where the vocabulary has no chat template, or none for it.
+        """
+        if not whole:
+            return self._lending[part]
         if part not in self._parts and "header_open" in self._parts:
             raise InputError(
                 f"the chat template of {self.name} has no messages of their own for the role {part!r}: "
@@ -155,9 +162,13 @@ class Vocabulary:
         """
         contents = [content for piece in pieces for content, _ in piece]
         texts = [content.encode() if isinstance(content, str) else None for content in contents]
-        before = [space for piece in pieces for space in self._spaces(piece)]
+        spaces = [space for piece in pieces for space in self._spaces(piece)]
+        before = [space for content, space in zip(contents, spaces, strict=True) if isinstance(content, str)]
         text_ids = iter(self._text_ids([content for content in contents if isinstance(content, str)], before))
-        tokens = [next(text_ids) if isinstance(content, str) else self.part_ids(content.part) for content in contents]
+        tokens = [
+            next(text_ids) if isinstance(content, str) else self.part_ids(content.part, whole=space == "")
+            for content, space in zip(contents, spaces, strict=True)
+        ]
 
         # Arrays over the segments of the batch: which are texts, and where each starts and stops among the tokens, and
         # starts on the axis of `ends`.
@@ -195,35 +206,43 @@ class Vocabulary:
 
     @cached_property
     def _parts(self) -> dict[str, list[int]]:
-        def spell(word: str) -> list[int]:
-            return [self.control[word]] if word in self.control else [int(i) for i in self._text_ids([word], [""])[0]]
+        return {part: [i for word in words for i in self._word_ids(word)] for part, words in self.template.items()}
 
-        def written(part: str, words: Sequence[str]) -> list[str]:
-            return [*words[:-1], words[-1][:-1]] if part in self._lending else list(words)
-
-        return {part: [i for w in written(part, words) for i in spell(w)] for part, words in self.template.items()}
+    def _word_ids(self, word: str) -> list[int]:
+        return [self.control[word]] if word in self.control else [int(i) for i in self._text_ids([word], [""])[0]]
 
     @cached_property
-    def _lending(self) -> frozenset[str]:
-        """The parts before a text whose last space is written with the text, as the tokenizer's own space would be.
+    def _lending(self) -> dict[str, list[int]]:
+        """The parts before a text whose last space is written with it, as a tokenizer's own space is, without that.
 
-        So a word after "[INST] " stays the one token that it is where the tokenizer puts a space before a text.
+        So a word after "[INST] " is the one token that it is at the start of a text.
         """
+        if self.continuing is None:
+            return {}
         parts = ("header_close",) if self.template.get("header_close") else ROLES
         last = {part: self.template[part][-1] for part in parts if self.template.get(part)}
-        ends = (part for part, word in last.items() if word.endswith(" ") and word not in self.control)
-        return frozenset(ends) if self.continuing is not None else frozenset()
+        ends = [part for part, word in last.items() if word.endswith(" ") and word not in self.control]
+        shorter = {part: (*self.template[part][:-1], last[part][:-1]) for part in ends}
+        return {part: [i for word in words for i in self._word_ids(word)] for part, words in shorter.items()}
 
-    def _spaces(self, piece: Piece) -> Iterator[str | None]:
-        """What is put before each text of a piece: None for what the tokenizer puts there, else a space or nothing."""
-        before = None
-        for content, _ in piece:
+    def _spaces(self, piece: Piece) -> list[str | None]:
+        """For each text what is put before it: None for what the tokenizer puts there, else a space, or nothing.
+
+        For a control part: the space that it leaves to the text after it, or nothing.
+        """
+        spaces: list[str | None] = [""] * len(piece)
+        last = None  # the segment before that is written at all
+        for number, (content, _) in enumerate(piece):
             if isinstance(content, str):
-                yield before
-                before = ""
+                before = None if last is None else piece[last].content
+                if before is None or before in _STARTS:
+                    spaces[number] = None
+                elif not isinstance(before, str) and before.part in self._lending:
+                    spaces[number] = spaces[last] = " "
+                last = number
             elif self.template.get(content.part):
-                start = content.part in ("bos", "start_of_chat")
-                before = None if start else " " if content.part in self._lending else ""
+                last = number
+        return spaces
 
     @cached_property
     def _spelling(self) -> "_Spelling":
@@ -233,7 +252,7 @@ class Vocabulary:
     def _text_ids(
         self, texts: Sequence[str], before: Sequence[str | None]
     ) -> list[list[int]] | list[Integer[np.ndarray, " bytes"]]:
-        """The tokens of texts, each after what `_spaces` says."""
+        """The tokens of texts, each after a space, after nothing, or after what the tokenizer itself puts there (None)."""
         if self.tokenizer is None:
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
         # A literal META in a text would be read as a space: it is spelled by its bytes.

@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import real_tokenizer
 from small_tokenizers import CHATML, CHATS, GEMMA, LLAMA, OLMO, byte_level, make, save, vocabulary
+from tokenizers import Tokenizer
 
+from minalm import families, student
 from minalm.align import align
 from minalm.chat import ChatTemplate, chat_parts, read_chat_template, render
+from minalm.model import ModelConfig
 from minalm.text import Control, InputError, Piece, Segment, read_corpus
 from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
 
@@ -228,9 +231,7 @@ def test_a_word_after_a_literal_space_is_the_token_that_it_is_in_text(owned):
     assert encoding.ends.tolist() == [1, 2, 5, 9]
     piece = (Segment(Control("end_of_turn")), Segment(Control("user")), Segment(" the"))
     (encoding,) = ours.encode([piece])
-    assert [ours.token_bytes[i] for i in encoding.ids] == [b"", b"", b" ", b" the"] or [
-        ours.token_bytes[i] for i in encoding.ids
-    ] == [b"", b"", b"  ", b"the"]
+    assert [ours.token_bytes[i] for i in encoding.ids] == [b"", b"", b" ", b" the"]
     assert encoding.spelled and encoding.text_bytes.sum() == 4
 
 
@@ -276,7 +277,10 @@ def test_a_template_of_no_use_is_an_error_where_chats_are_needed(tmp_path, what,
     else:
         (path / file).write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
     ours = load_vocabulary(path)  # texts are of use without it
-    assert ours.encode([(Segment(Control("bos")), Segment("a"))])[0].ids.tolist() == [*ours.part_ids("bos"), 64 + 1]
+    assert ours.encode([(Segment(Control("bos")), Segment("a"))])[0].ids.tolist() == [
+        *ours.part_ids("bos"),
+        ours.id_of_bytes[b"a"],
+    ]
     with pytest.raises(InputError, match=reason) as caught:
         ours.part_ids("header_open")
     assert str(caught.value).startswith(str(path / file)) and "\n" not in str(caught.value)
@@ -345,6 +349,8 @@ def test_the_parts_of_two_templates_are_paired(owned, tmp_path, kinds, swapped):
         ]
         if isinstance(content, str):
             assert chunks[0] == chunks[1] and -1 not in chunks[0]
+        elif not chunks[0] and not chunks[1]:  # neither writes it
+            assert not student.part_ids(content.part) and not teacher.part_ids(content.part)
         elif set() in chunks:  # what one side lacks is in no chunk of the other
             alone.add(content.part)
             assert chunks[0] | chunks[1] <= {-1}
@@ -361,6 +367,20 @@ def test_the_teachers_control_tokens_on_another_tokenizer(owned, tmp_path):
     for base, source in (("qwen", "mistral3"), ("tinyllama", "olmo2"), ("mistral3", "gemma"), ("mistral1", "tekken")):
         ours = with_control(owned(base), owned(source))
         assert written(ours, piece_of(messages, tmp_path)) == units(by_hand(source, messages), ours)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CHATS if kind not in ("tinyllama", "llama")])
+def test_tokens_are_those_of_the_whole_chat(tmp_path, kind):
+    """What is tokenized part by part becomes the tokens that the rendered chat has when it is read at once.
+
+    Not TinyLlama's: its tokenizer writes one more space after every control token, which the template does not. Nor
+    this small Llama's, which divides text as GPT-2 does and cuts the two line breaks of a header (the real one does not).
+    """
+    ours = make(kind, tmp_path / "t", CHATS[kind])
+    messages = chat("uaua", ["the user", "é the", "the the", "x"])
+    whole = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
+    ids = whole.encode("".join(text for text, _ in by_hand(kind, messages)), add_special_tokens=False).ids
+    assert ours.encode([piece_of(messages, tmp_path)])[0].ids.tolist() == ids
 
 
 def test_plain_texts_start_as_before(owned):
@@ -384,6 +404,10 @@ def test_real_tokenizers_write_what_the_template_writes(tmp_path, tokenizer, kin
     messages = chat(roles, ["the user", "é 日本語\n\nthe </s> [INST] <bos> <|eot_id|> end", "hi", "x"])
     for side in (ours, byte_vocabulary(ours)):
         assert written(side, piece_of(messages, tmp_path)) == units(by_hand(kind, messages), side)
+    messages = chat(roles, ["the user", "é 日本語\n\nthe end", "hi", "x"])
+    whole = Tokenizer.from_file(str(real_tokenizer(tokenizer) / "tokenizer.json"))
+    ids = whole.encode("".join(text for text, _ in by_hand(kind, messages)), add_special_tokens=False).ids
+    assert ours.encode([piece_of(messages, tmp_path)])[0].ids.tolist() == ids
 
 
 @pytest.mark.real
@@ -391,9 +415,140 @@ def test_real_tokenizers_write_what_the_template_writes(tmp_path, tokenizer, kin
 def test_templates_render_as_in_transformers(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
     make(kind, tmp_path / "t", CHATS[kind])
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    config = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items()}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
     messages = chat("uaua", ["the <b>", " é ", "x\n", "y"])
-    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
     names = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
     ours = render(ChatTemplate(Path("t"), CHATS[kind]), messages, names)
     assert theirs.apply_chat_template(messages, tokenize=False) == ours
+
+
+# --- What a student's folder says of chats ---------------------------------------------------------------------------
+
+
+def exported(folder: Path, ours: Vocabulary, template: str | None, sampling: dict | None = None) -> Path:
+    config = ModelConfig(ours.size, embed=2, mlp=2, layers=1, heads=1, kv_heads=1, head_dim=2, windows=(None,))
+    shapes = families.leaves(families.abstract(config))
+    model = families.from_leaves(config, {leaf: np.zeros(shape.shape, np.float32) for leaf, shape in shapes.items()})
+    student.save(folder, model, ours, None, "float32", template, sampling=sampling)
+    return folder
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_a_byte_student_keeps_the_template(owned, tmp_path, kind):
+    ours = byte_vocabulary(owned(kind))
+    found, _ = student.load_vocabularies(exported(tmp_path / "student", ours, CHATS[kind]))
+    assert student.read_chat_template(tmp_path / "student") == CHATS[kind]
+    for field in ("token_bytes", "control", "template", "adds_bos"):
+        assert getattr(found, field) == getattr(ours, field), field
+    messages = chat("uaua", ["the", "é", "the user", "x"])
+    assert written(found, piece_of(messages, tmp_path)) == units(by_hand(kind, messages), ours)
+
+
+def with_bos(folder: Path, kind: str, word: str, **config: object) -> Vocabulary:
+    """A vocabulary whose tokenizer puts a control token before a text."""
+    make(kind, folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    bos, text = {"SpecialToken": {"id": word, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    tokens = {word: {"id": word, "ids": [ids[word]], "tokens": [word]}}
+    other = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    processor = {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text], "special_tokens": tokens}
+    spec["post_processor"] = {"type": "Sequence", "processors": [other, processor]}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | config))
+    return load_vocabulary(folder)
+
+
+def test_an_exported_tokenizer_puts_bos_where_the_original_does(tmp_path):
+    llama = with_bos(tmp_path / "llama", "llama", LLAMA[0])
+    cases = {
+        "bytes": (byte_vocabulary(llama), [LLAMA[0]]),
+        "itself": (llama, [LLAMA[0]]),
+        "not asked for": (byte_vocabulary(with_bos(tmp_path / "no", "llama", LLAMA[0], add_bos_token=False)), []),
+        "no processor": (byte_vocabulary(vocabulary("llama")), []),
+        "no bos": (byte_vocabulary(vocabulary("qwen")), []),
+        "by configuration": (byte_vocabulary(vocabulary("tinyllama")), ["<s>"]),
+        "Qwen's tokens": (with_control(vocabulary("qwen"), llama), [LLAMA[0]]),
+        "Gemma's control": (with_control(llama, vocabulary("gemma")), []),
+        "Gemma's control, with its bos": (
+            with_control(llama, with_bos(tmp_path / "gemma", "gemma", "<bos>")),
+            ["<bos>"],
+        ),
+    }
+    for name, (ours, bos) in cases.items():
+        tokenizer = Tokenizer.from_str(json.dumps(student.tokenizer_json(ours)))
+        text = text_ids(ours, "the é")
+        assert tokenizer.encode("the é").ids == [ours.control[word] for word in bos] + text, name
+        assert tokenizer.encode("the é", add_special_tokens=False).ids == text, name
+        pair = [*(ours.control[word] for word in bos), *text]
+        if ours.tokenizer is None:
+            assert tokenizer.encode("the é", "the é").ids == pair * 2, name
+        assert load_vocabulary(exported(tmp_path / f"student {name}", ours, None)).adds_bos == bool(bos)
+
+
+def text_ids(ours: Vocabulary, text: str) -> list[int]:
+    return ours.encode([(Segment(text),)])[0].ids.tolist()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ("llama3", "gemma2", "gemma3", "qwen3"))
+def test_real_byte_students_put_bos_where_the_original_does(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    original = load_vocabulary(real_tokenizer(name))
+    ours = byte_vocabulary(original)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported(tmp_path / "student", ours, None))
+    theirs = transformers.AutoTokenizer.from_pretrained(real_tokenizer(name))
+    bos = theirs("the é").input_ids[: 1 if name != "qwen3" else 0]
+    assert bos == original.part_ids("bos")
+    assert tokenizer("the é").input_ids == ours.part_ids("bos") + list("the é".encode())
+    assert theirs("the é").input_ids == original.part_ids("bos") + text_ids(original, "the é")
+
+
+@pytest.mark.parametrize(
+    "kind, stops",
+    {
+        "llama": ["<|eot_id|>"],
+        "gemma": ["<eos>", "<end_of_turn>"],
+        "qwen": ["<|endoftext|>", "<|im_end|>"],
+        "mistral3": ["</s>"],
+        "olmo2": ["<|endoftext|>"],
+        "olmo3": ["<|endoftext|>", "<|im_end|>"],
+    }.items(),
+)
+def test_generation_config(owned, tmp_path, kind, stops):
+    ours = byte_vocabulary(owned(kind))
+    source = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "do_sample": True, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({**source, "eos_token_id": 128009, "max_length": 9, "temperature": 0.7})
+    )
+    sampling = student.read_sampling(tmp_path)
+    assert sampling == source | {"temperature": 0.7}
+    folder = exported(tmp_path / "student", ours, CHATS[kind], sampling)
+    bos, pad = (ours.template[part] for part in ("bos", "pad"))
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": ours.control[bos[0]] if bos else None,
+        "eos_token_id": [ours.control[word] for word in stops],
+        "pad_token_id": ours.control[pad[0]] if pad else None,
+        **sampling,
+    }
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    (
+        ("[1]", "is no object"),
+        ("{", "is no object"),
+        ('{"top_k": "50"}', "top_k is '50': write a number"),
+        ('{"temperature": true}', "temperature is True: write a number"),
+        ('{"do_sample": 1}', "do_sample is 1: write true or false"),
+    ),
+)
+def test_sampling_that_is_none(tmp_path, content, message):
+    assert student.read_sampling(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=f"generation_config.json.*{message}"):
+        student.read_sampling(tmp_path)
