@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from minalm import families, hf
+from minalm import chat, families, hf
 from minalm.model import Transformer
 from minalm.text import InputError
 from minalm.transfer import TransferPlan, transfer_rows
-from minalm.vocab import Vocabulary, load_vocabulary
+from minalm.vocab import Vocabulary, load_vocabulary, prefixes
 
+# Of generation_config.json, what says how to sample; the ids in it are those of another vocabulary.
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 EXPANSION_TOKENIZER = "expansion_tokenizer.json"  # the tokenizer whose tokens the input expansion looks up
 
 
@@ -60,11 +63,13 @@ def save(
     dtype: Literal["bfloat16", "float32"],
     chat_template: str | None = None,
     max_length: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model and its tokenizers as a new Hugging Face folder, without rows past the vocabulary.
 
-    `original` is the vocabulary of the input expansion, if the model has one; `max_length` is in tokens, and
-    informative. Raises InputError as `hf.save` does.
+    `original` is the vocabulary of the input expansion, if the model has one. `chat_template` is written as it is: that
+    of the source where the vocabulary has the source's control tokens, else that of the tokenizer. `max_length` is in
+    tokens, and informative; `sampling` goes into generation_config.json. Raises InputError as `hf.save` does.
     """
     if (original is None) != (model.config.expansion_size is None):
         raise ValueError("a model has an original vocabulary if it has an input expansion")
@@ -74,13 +79,14 @@ def save(
     }
     if original is not None:
         files[EXPANSION_TOKENIZER] = tokenizer_json(original)
-    ids = {part: _control_ids(vocabulary, part) for part in ("bos", "eos", "pad", "end_of_turn")}
-    stops = list(dict.fromkeys(ids["eos"][:1] + ids["end_of_turn"][:1]))  # generation ends at either
-    keys = {
+    ids = {part: _control_ids(vocabulary, part)[:1] for part in ("bos", "eos", "end_of_turn", "end_of_chat", "pad")}
+    stops = list(dict.fromkeys(ids["eos"] + ids["end_of_turn"] + ids["end_of_chat"]))  # generation ends at any of them
+    keys: dict[str, Any] = {
         "bos_token_id": ids["bos"][0] if ids["bos"] else None,
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
         "pad_token_id": ids["pad"][0] if ids["pad"] else None,
     }
+    files["generation_config.json"] = {**keys, "eos_token_id": stops or None, **(sampling or {})}
     if max_length is not None:
         keys["max_position_embeddings"] = max_length
     hf.save(folder, model, dtype, vocabulary_size=vocabulary.size, keys=keys, files=files)
@@ -98,14 +104,24 @@ def load_vocabularies(folder: Path) -> tuple[Vocabulary, Vocabulary | None]:
 
 def read_chat_template(folder: Path) -> str | None:
     """The chat template in a model's folder: chat_template.jinja, or the default one of tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text("utf-8")
-    file = folder / "tokenizer_config.json"
-    template = json.loads(file.read_text("utf-8")).get("chat_template") if file.exists() else None
-    if isinstance(template, list):  # several, with names
-        template = {item["name"]: item["template"] for item in template}.get("default")
-    return template
+    template = chat.read_chat_template(folder)
+    return None if template is None else template.source
+
+
+def read_sampling(folder: Path) -> dict[str, Any]:
+    """How to sample from the model of a folder, as its generation_config.json says. Raises InputError if it is none."""
+    file = folder / "generation_config.json"
+    try:
+        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        found = {key: values[key] for key in SAMPLING if values.get(key) is not None}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{file} is no object in JSON: take it from the original model, or remove it") from error
+    for key, value in found.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) != (key == "do_sample"):
+            raise InputError(
+                f"{file}: {key} is {value!r}: write {'true or false' if key == 'do_sample' else 'a number'}"
+            )
+    return found
 
 
 def read_max_length(folder: Path) -> int | None:
@@ -116,7 +132,7 @@ def read_max_length(folder: Path) -> int | None:
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer.json of a vocabulary, whose control tokens no text becomes unless a program asks for that.
 
-    Raises InputError where the format cannot give its tokens the ids that they have.
+    It puts bos before a text where the vocabulary it comes from does (`Vocabulary.adds_bos`). Raises InputError where the format cannot give its tokens the ids that they have.
     """
     if vocabulary.tokenizer is None:
         spec = _bytes_json()
@@ -136,6 +152,9 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         for word, i in sorted(vocabulary.control.items(), key=lambda item: item[1])
         if i not in present
     ]
+    bos = list(vocabulary.template.get("bos", ())) if vocabulary.adds_bos else []
+    if prefixes(spec) != bos:
+        spec["post_processor"] = _bos_processor(bos, vocabulary) if bos else None
     ids = Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
     for word, i in vocabulary.control.items():
         if ids.get(word) != i:
@@ -144,6 +163,17 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
                 "use a tokenizer whose ids have no holes"
             )
     return spec
+
+
+def _bos_processor(bos: list[str], vocabulary: Vocabulary) -> dict[str, Any]:
+    """A post-processor of a tokenizer.json that puts control tokens before a text, and before each of a pair."""
+    first, second = (
+        [{"SpecialToken": {"id": word, "type_id": kind}} for word in bos]
+        + [{"Sequence": {"id": name, "type_id": kind}}]
+        for kind, name in enumerate("AB")
+    )
+    tokens = {word: {"id": word, "ids": [vocabulary.control[word]], "tokens": [word]} for word in bos}
+    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": tokens}
 
 
 def _bytes_json() -> dict[str, Any]:

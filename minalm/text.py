@@ -26,8 +26,8 @@ class InputError(ValueError):
 class Control(NamedTuple):
     """A place in a document where each tokenizer writes control tokens of its own, a shared unit of alignment.
 
-    `part` is a part of a chat template: "bos", "header_open", "header_close", "end_of_turn", "eos", or a role
-    "system", "user", "assistant".
+    `part` is "bos" or "eos" of a plain text, or a part of a chat: "start_of_chat"; for each message "header_open", its
+    role, "header_close", and after its text an end (`end_of`), which some templates write in another way for each role.
     """
 
     part: str
@@ -43,12 +43,24 @@ Piece = tuple[Segment, ...]
 
 ROLES = ("system", "user", "assistant")
 
-# What a control part takes of a piece's byte limit, whatever the tokenizer writes there. The dearest known case is a
-# byte student of Llama 3: 1 token for bos, 13 for a header with "assistant" (3 parts), 1 for an end of turn. Every
-# piece starts with bos, and headers alternate with ends of turn, so 4 a part is never less than what is written.
+
+def end_of(role: str, last: bool) -> Control:
+    """The control part after the text of a message: "end_of_turn" is the assistant's, and "end_of_chat" its last one.
+
+    A chat whose last message is not the assistant's has no "end_of_chat".
+    """
+    if role != "assistant":
+        return Control(f"end_of_{role}")
+    return Control("end_of_chat" if last else "end_of_turn")
+
+
+# What a control part takes of a piece's byte limit, whatever the tokenizer writes there. The dearest known cases are
+# byte students of TinyLlama and OLMo 2: 14 tokens for a header with "assistant" (3 parts), 2 for an end. Every piece
+# starts with bos or a chat's start, and headers alternate with ends, so that 4 a part is never less than what is
+# written there. A template that says more around a message (OLMo 3 after a system message) may fill a window earlier.
 CONTROL_BYTES = 4
 
-# After bos a header, one character and an end of turn must fit, so that a piece can always end somewhere.
+# After the start a header, one character and an end must fit, so that a piece can always end somewhere.
 SMALLEST_LIMIT = CONTROL_BYTES + 3 * CONTROL_BYTES + 4 + CONTROL_BYTES
 
 
@@ -56,8 +68,9 @@ SMALLEST_LIMIT = CONTROL_BYTES + 3 * CONTROL_BYTES + 4 + CONTROL_BYTES
 class Corpus:
     """Documents cut into pieces of at most `limit` bytes; text read from files stays there. Host only.
 
-    Places in a document are counted in units: a byte of text is one unit, a control part is one, and bos, which every
-    piece starts with, is none. `read_corpus` and `text_corpus` make one.
+    Places in a document are counted in units: a byte of text is one unit, a control part is one, and the document's
+    first part (bos, or a chat's start), which every piece of it starts with, is none. `read_corpus` and `text_corpus`
+    make one.
     """
 
     sources: tuple[Path | bytes, ...]  # a .txt or .jsonl file, or the UTF-8 of one document held in memory
@@ -65,11 +78,16 @@ class Corpus:
     mask_prompt: bool
     documents: Int64[np.ndarray, "documents 3"]  # source; offset and length in bytes, of the line if it is .jsonl
     pieces: Int64[np.ndarray, "pieces 3"]  # document; first unit, and the unit after the last
-    has_chats: bool  # some document has turns, which not every tokenizer can write
+    chat_parts: frozenset[str]  # control parts of chats in the documents, which not every tokenizer can write
 
     def __len__(self) -> int:
         """The number of pieces."""
         return len(self.pieces)
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether some document has turns."""
+        return bool(self.chat_parts)
 
     def piece(self, index: int) -> Piece:
         """Piece `index`, in the order of the documents. Raises InputError if its file has changed meanwhile."""
@@ -108,9 +126,9 @@ def read_corpus(paths: Sequence[Path], limit: int, mask_prompt: bool = False) ->
 
     A .txt file is one document. A line of a .jsonl file is one document: an object with `text`, a string, or with
     `messages`, a list of objects with `role`, one of ROLES, and `content`, a string. Other keys, blank lines and
-    documents without any text are ignored. A plain text is bos + text + eos, a chat is bos + (header_open, role,
-    header_close, text, end_of_turn) for each message. With `mask_prompt` a chat's losses count only the assistant's
-    texts and their ends of turn. In `limit` a control part counts as CONTROL_BYTES.
+    documents without any text are ignored. A plain text is bos + text + eos, a chat is start_of_chat + (header_open,
+    role, header_close, text, end) for each message. With `mask_prompt` a chat's losses count only the assistant's texts
+    and their ends. In `limit` a control part counts as CONTROL_BYTES.
 
     All of it is read and checked here, once. Of a .jsonl file no more than a line is in memory at a time, and of a
     .txt file nothing but what the system caches. Raises InputError for whatever is not as said above.
@@ -164,7 +182,9 @@ def _mix(x: UInt64[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
     return x ^ (x >> np.uint64(31))
 
 
-# What a document consists of after bos: the UTF-8 of its texts (of a .txt file, the file itself) and control parts.
+_ENDS = {end_of(role, last) for role in ROLES for last in (False, True)}
+
+# What a document consists of after its first part: the UTF-8 of its texts (of a .txt file, the file itself) and control parts.
 _Parts = list[bytes | mmap.mmap | Control]
 _Document = tuple[int, int, int, _Parts]  # source, offset, length
 
@@ -210,7 +230,7 @@ def _documents(source: int, path: Path, mask_prompt: bool) -> Iterator[_Document
 
 
 def _parse(line: bytes, mask_prompt: bool) -> Piece:
-    """The document of one line of a .jsonl file, bos included."""
+    """The document of one line of a .jsonl file, its first part included."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -229,8 +249,8 @@ def _parse(line: bytes, mask_prompt: bool) -> Piece:
 def _chat(messages: object, mask_prompt: bool) -> Piece:
     if not isinstance(messages, list) or not messages:
         raise InputError("`messages` is not a list of messages: write a list of objects with `role` and `content`")
-    segments = [Segment(Control("bos"), not mask_prompt)]
-    for message in messages:
+    segments = [Segment(Control("start_of_chat"), not mask_prompt)]
+    for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise InputError("a message lacks `role` or `content`: give it both")
         role = message["role"]
@@ -238,7 +258,8 @@ def _chat(messages: object, mask_prompt: bool) -> Piece:
             raise InputError(f"unknown role {role!r}: use one of {', '.join(ROLES)}")
         segments += [Segment(Control(part), not mask_prompt) for part in ("header_open", role, "header_close")]
         counts = not mask_prompt or role == "assistant"
-        segments += [Segment(_checked(message["content"], "content"), counts), Segment(Control("end_of_turn"), counts)]
+        end = end_of(role, last=number == len(messages))
+        segments += [Segment(_checked(message["content"], "content"), counts), Segment(end, counts)]
     return tuple(segments)
 
 
@@ -266,7 +287,7 @@ def _text_piece(text: bytes, ends: bool) -> Piece:
 
 
 def _span(document: Piece, start: int, stop: int) -> Piece:
-    """bos and what lies in the units [start, stop) of the rest."""
+    """The first part and what lies in the units [start, stop) of the rest."""
     segments = [document[0]]
     unit = 0
     for content, counts in document[1:]:
@@ -285,14 +306,15 @@ def _span(document: Piece, start: int, stop: int) -> Piece:
 
 def _cut(
     documents: Iterable[_Document], limit: int
-) -> tuple[Int64[np.ndarray, "documents 3"], Int64[np.ndarray, "pieces 3"], bool]:
-    """The tables of a Corpus, and whether there are chats."""
+) -> tuple[Int64[np.ndarray, "documents 3"], Int64[np.ndarray, "pieces 3"], frozenset[str]]:
+    """The tables of a Corpus, and the control parts of its chats."""
     if limit < SMALLEST_LIMIT:
         raise InputError(f"pieces of {limit} bytes are too short: make room for at least {SMALLEST_LIMIT}")
     document_table, piece_table = array("q"), array("q")  # a tuple for each piece would take ten times the memory
-    number, has_chats = 0, False
+    number, chat_parts = 0, set()
     for source, offset, length, parts in documents:
-        has_chats |= Control("header_open") in parts
+        if Control("header_open") in parts:
+            chat_parts |= {"start_of_chat", *(part.part for part in parts if isinstance(part, Control))}
         if not any(len(part) for part in parts if not isinstance(part, Control)):
             continue
         document_table.extend((source, offset, length))
@@ -302,11 +324,11 @@ def _cut(
             start = stop
         number += 1
     tables = (np.array(table, np.int64).reshape(-1, 3) for table in (document_table, piece_table))
-    return next(tables), next(tables), has_chats
+    return next(tables), next(tables), frozenset(chat_parts)
 
 
 def _stops(parts: _Parts, room: int) -> Iterator[int]:
-    """The unit after the last one of each piece of a document, if a piece has `room` bytes after bos."""
+    """The unit after the last one of each piece of a document, if a piece has `room` bytes after its first part."""
     units = list(accumulate((1 if isinstance(part, Control) else len(part) for part in parts), initial=0))
     part, place = 0, 0
     while (stop := _stop(parts, part, place, room)) is not None:
@@ -320,7 +342,7 @@ def _stop(parts: _Parts, part: int, place: int, room: int) -> tuple[int, int] | 
 
     A piece ends after a line break or a turn in the last half of the room, else before a space there, else after the
     last turn or between characters. It never ends next to another control part: a header stays with the start of its
-    text, and the end of a text with its end of turn or eos.
+    text, and the end of a text with its end or eos.
     """
     line = space = character = None  # the last place of each kind
     spent = 0
@@ -330,7 +352,7 @@ def _stop(parts: _Parts, part: int, place: int, room: int) -> tuple[int, int] | 
             spent += CONTROL_BYTES
             if spent > room:
                 break
-            if content.part == "end_of_turn":
+            if content in _ENDS:
                 character = part + 1, 0
                 line = character if 2 * spent >= room else line
         else:

@@ -5,15 +5,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer, UInt8
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 
-from minalm.text import InputError, Piece
+from minalm.chat import Parts, chat_parts, read_chat_template
+from minalm.text import ROLES, Control, InputError, Piece, end_of
+
+_STARTS = (Control("bos"), Control("start_of_chat"))
 
 META = "\u2581"  # how SentencePiece vocabularies write a space
 
@@ -62,6 +66,10 @@ class Vocabulary:
     token_bytes: tuple[bytes, ...]  # by id; b"" for control tokens and unused ids
     control: Mapping[str, int]  # ids that no text ever becomes; those that have bytes are words of a chat's header
     template: Mapping[str, tuple[str, ...]]  # control part, or "pad" -> control strings and words that spell it
+    # The tokenizer without the space that it puts before a text; None if it puts none.
+    continuing: Tokenizer | None = None
+    adds_bos: bool = False  # a program that gives the tokenizer a text finds bos before it
+    refusal: str = ""  # why there are no chats, if there might have been
 
     @property
     def size(self) -> int:
@@ -90,11 +98,22 @@ class Vocabulary:
         fallback = frozenset(self.fallback.values())
         return ids | {t: i for i, t in reversed([*enumerate(self.token_bytes)]) if t and i not in fallback}
 
-    def part_ids(self, part: str) -> list[int]:
-        """The tokens of a control part. Raises InputError where the vocabulary has no chat template."""
+    def part_ids(self, part: str, whole: bool = True) -> list[int]:
+        """The tokens of a control part; if it is not whole, without a last space that is written with the text after it.
+
+        Raises InputError where the vocabulary has no chat template, or none for it.
+        """
+        if not whole:
+            return self._lending[part]
+        if part not in self._parts and "header_open" in self._parts:
+            raise InputError(
+                f"the chat template of {self.name} has no messages of their own for the role {part!r}: "
+                "leave them out of the chats, or give another tokenizer"
+            )
         if part not in self._parts:
             raise InputError(
-                f"{self.name} has the control tokens of no known chat template, so it cannot write {part!r}: "
+                self.refusal
+                or f"{self.name} has the control tokens of no known chat template, so it cannot write {part!r}: "
                 "give plain texts, or a tokenizer that has them"
             )
         return self._parts[part]
@@ -137,13 +156,19 @@ class Vocabulary:
     def encode(self, pieces: Sequence[Piece]) -> list[Encoding]:
         """Each text between two control parts is tokenized on its own, all of them in one call (threads in Rust).
 
-        A part may be spelled by no token (Qwen has no bos). Raises InputError for a part of a chat where the
-        vocabulary has no chat template.
+        A part may be spelled by no token (Qwen has no bos). A tokenizer's own space before a text comes only before the
+        first of a piece; in a chat, what is written is the template's, byte for byte. Raises InputError for a part of
+        a chat that the vocabulary's template has not got.
         """
         contents = [content for piece in pieces for content, _ in piece]
         texts = [content.encode() if isinstance(content, str) else None for content in contents]
-        text_ids = iter(self._text_ids([content for content in contents if isinstance(content, str)]))
-        tokens = [next(text_ids) if isinstance(content, str) else self.part_ids(content.part) for content in contents]
+        spaces = [space for piece in pieces for space in self._spaces(piece)]
+        before = [space for content, space in zip(contents, spaces, strict=True) if isinstance(content, str)]
+        text_ids = iter(self._text_ids([content for content in contents if isinstance(content, str)], before))
+        tokens = [
+            next(text_ids) if isinstance(content, str) else self.part_ids(content.part, whole=space == "")
+            for content, space in zip(contents, spaces, strict=True)
+        ]
 
         # Arrays over the segments of the batch: which are texts, and where each starts and stops among the tokens, and
         # starts on the axis of `ends`.
@@ -181,36 +206,81 @@ class Vocabulary:
 
     @cached_property
     def _parts(self) -> dict[str, list[int]]:
-        def spell(word: str) -> list[int]:
-            return [self.control[word]] if word in self.control else [int(i) for i in self._text_ids([word])[0]]
+        return {part: [i for word in words for i in self._word_ids(word)] for part, words in self.template.items()}
 
-        return {part: [i for word in words for i in spell(word)] for part, words in self.template.items()}
+    def _word_ids(self, word: str) -> list[int]:
+        return [self.control[word]] if word in self.control else [int(i) for i in self._text_ids([word], [""])[0]]
+
+    @cached_property
+    def _lending(self) -> dict[str, list[int]]:
+        """The parts before a text whose last space is written with it, as a tokenizer's own space is, without that.
+
+        So a word after "[INST] " is the one token that it is at the start of a text.
+        """
+        if self.continuing is None:
+            return {}
+        parts = ("header_close",) if self.template.get("header_close") else ROLES
+        last = {part: self.template[part][-1] for part in parts if self.template.get(part)}
+        ends = [part for part, word in last.items() if word.endswith(" ") and word not in self.control]
+        shorter = {part: (*self.template[part][:-1], last[part][:-1]) for part in ends}
+        return {part: [i for word in words for i in self._word_ids(word)] for part, words in shorter.items()}
+
+    def _spaces(self, piece: Piece) -> list[str | None]:
+        """For each text what is put before it: None for what the tokenizer puts there, else a space, or nothing.
+
+        For a control part: the space that it leaves to the text after it, or nothing.
+        """
+        spaces: list[str | None] = [""] * len(piece)
+        last = None  # the segment before that is written at all
+        for number, (content, _) in enumerate(piece):
+            if isinstance(content, str):
+                before = None if last is None else piece[last].content
+                if before is None or before in _STARTS:
+                    spaces[number] = None
+                elif not isinstance(before, str) and before.part in self._lending:
+                    spaces[number] = spaces[last] = " "
+                last = number
+            elif self.template.get(content.part):
+                last = number
+        return spaces
 
     @cached_property
     def _spelling(self) -> "_Spelling":
         length = np.array([len(token) for token in self.token_bytes], np.int32)
         return _Spelling(np.frombuffer(b"".join(self.token_bytes), np.uint8), np.cumsum(length) - length, length)
 
-    def _text_ids(self, texts: Sequence[str]) -> list[list[int]] | list[Integer[np.ndarray, " bytes"]]:
+    def _text_ids(
+        self, texts: Sequence[str], before: Sequence[str | None]
+    ) -> list[list[int]] | list[Integer[np.ndarray, " bytes"]]:
+        """The tokens of texts, each after a space, after nothing, or after what the tokenizer itself puts there (None)."""
         if self.tokenizer is None:
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
         # A literal META in a text would be read as a space: it is spelled by its bytes.
         fragments = [text.split(META) if self.fallback else [text] for text in texts]
-        flat = [fragment for parts in fragments for fragment in parts]
-        encoded = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        starts, rests = [], []
+        for parts, space in zip(fragments, before, strict=True):
+            (starts if space is None else rests).append((space or "") + parts[0])
+            rests += parts[1:]
+        start_ids = iter(self.tokenizer.encode_batch_fast(starts, add_special_tokens=False))
+        rest_ids = iter((self.continuing or self.tokenizer).encode_batch_fast(rests, add_special_tokens=False))
         ids = []
-        for _, *others in fragments:
-            ids.append(next(encoded).ids)
-            for _ in others:
-                ids[-1] += [self.fallback[byte] for byte in META.encode()] + next(encoded).ids
+        for parts, space in zip(fragments, before, strict=True):
+            ids.append(next(start_ids if space is None else rest_ids).ids)
+            for _ in parts[1:]:
+                ids[-1] += [self.fallback[byte] for byte in META.encode()] + next(rest_ids).ids
         return ids
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of a tokenizer.json, or of its folder; tokenizer_config.json beside it names bos, eos and pad.
 
-    Control tokens are the added tokens marked `special`; the others are ordinary text. Raises InputError if there is no
-    such file, or if the tokenizer spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.
+    Control tokens are the added tokens marked `special`; the others are ordinary text. The chat template is that of the
+    family whose control tokens the tokenizer has (Llama 3, Gemma, Qwen, SmolLM2), unless the checkpoint brings one that
+    writes turns in another way (OLMo has Qwen's control tokens); of other tokenizers it is what the checkpoint brings.
+    One that cannot be read is no error before a chat is to be written: `refusal` says then what is wrong.
+
+    Raises InputError if there is no such file, or if the tokenizer spells neither bytes (byte-level BPE) nor has
+    `<0xNN>` tokens to fall back on.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -222,9 +292,14 @@ def load_vocabulary(path: Path) -> Vocabulary:
         raise InputError(
             f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
         ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
+    if changed := _without_prefix_space(spec):
+        continuing = Tokenizer.from_str(json.dumps(changed))
+    else:
+        continuing = None
+    for each in filter(None, (tokenizer, continuing)):
+        each.no_truncation()
+        each.no_padding()
+        each.encode_special_tokens = True  # text that looks like a control token stays text
 
     config_file = file.with_name("tokenizer_config.json")
     try:
@@ -256,8 +331,22 @@ def load_vocabulary(path: Path) -> Vocabulary:
             "use a byte-level tokenizer or one with byte fallback"
         )
     normalizer = _unicode_normalizer(spec.get("normalizer"))
-    template = _template(control, names)
-    return Vocabulary(str(path), tokenizer, normalizer, fallback, tuple(token_bytes), control, template)
+    try:
+        own, refusal = _own_parts(file.parent, names, control), ""
+    except InputError as error:
+        own, refusal = None, str(error)
+    template = _template(control, names, own)
+    asked = config.get("add_bos_token")  # where tokenizer_config.json says it, the post-processor does not matter
+    adds_bos = asked if isinstance(asked, bool) else prefixes(spec)[:1] == list(template["bos"])
+    values = str(path), tokenizer, normalizer, fallback, tuple(token_bytes), control, template
+    return Vocabulary(*values, continuing, adds_bos and template["bos"] != (), refusal)
+
+
+def prefixes(spec: Mapping[str, Any]) -> list[str]:
+    """The control tokens that the post-processor of a tokenizer.json puts before a text."""
+    steps = _steps(spec.get("post_processor"), "processors")
+    parts = [part for step in steps if step["type"] == "TemplateProcessing" for part in step["single"]]
+    return [part["SpecialToken"]["id"] for part in takewhile(lambda part: "SpecialToken" in part, parts)]
 
 
 def byte_vocabulary(source: Vocabulary, control: Sequence[str] | None = None) -> Vocabulary:
@@ -275,6 +364,7 @@ def with_control(base: Vocabulary, source: Vocabulary, control: Sequence[str] | 
     """The ordinary tokens of `base` with the chat template and the control tokens of `source`.
 
     Control strings that `base` has not got yet (by default, those of the source's template) get ids from `base.size`.
+    The other choice, control tokens and template of `base`, is `base` itself: `align` pairs the parts of any two.
     """
     new = [word for word in (source.template_control if control is None else control) if word not in base.control]
     return replace(
@@ -282,6 +372,8 @@ def with_control(base: Vocabulary, source: Vocabulary, control: Sequence[str] | 
         token_bytes=base.token_bytes + tuple(b"" if word in source.control else word.encode() for word in new),
         control={**base.control, **{word: base.size + i for i, word in enumerate(new)}},
         template=source.template,
+        adds_bos=source.adds_bos,
+        refusal=source.refusal,
     )
 
 
@@ -302,11 +394,33 @@ def _from_byte_level(token: str) -> bytes:
         return b""
 
 
-def _unicode_normalizer(spec: dict | None) -> Normalizer | None:
-    """What of a tokenizer.json's normalizer acts on the text; the rest belongs to how tokens spell bytes."""
+def _steps(spec: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or post-processor, also where there is one, none, or lists in lists."""
     steps = [spec] if spec else []
     while any(step["type"] == "Sequence" for step in steps):
-        steps = [part for step in steps for part in step.get("normalizers", [step])]
+        steps = [part for step in steps for part in step.get(key, [step])]
+    return steps
+
+
+def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A tokenizer.json that puts no space before a text, but is the same otherwise; None if it is so already."""
+    steps = _steps(spec.get("normalizer"), "normalizers")
+    kept = [step for step in steps if step["type"] != "Prepend"]
+    splits = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    bare = [step | _NO_SPACE.get(step["type"], {}) for step in splits]
+    if kept == steps and bare == splits:
+        return None
+    normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": bare} if bare else None
+    return {**spec, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+
+
+_NO_SPACE = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+
+
+def _unicode_normalizer(spec: dict | None) -> Normalizer | None:
+    """What of a tokenizer.json's normalizer acts on the text; the rest belongs to how tokens spell bytes."""
+    steps = _steps(spec, "normalizers")
     spells = ("Prepend", "ByteLevel")
     steps = [s for s in steps if s["type"] not in spells and not (s["type"] == "Replace" and META in s["content"])]
     if not steps:
@@ -323,11 +437,20 @@ def _token_name(token: str | dict | None) -> str | None:
     return name
 
 
-def _template(control: Mapping[str, int], names: Mapping[str, str | None]) -> dict[str, tuple[str, ...]]:
+def _own_parts(folder: Path, names: Mapping[str, str | None], control: Mapping[str, int]) -> Parts | None:
+    """What the chat template in a checkpoint's folder writes, if there is one. Raises InputError if it is of no use."""
+    found = read_chat_template(folder)
+    known = {f"{part}_token": name for part, name in names.items() if name is not None}
+    return None if found is None else chat_parts(found, known, control)
+
+
+def _template(control: Mapping[str, int], names: Mapping[str, str | None], own: Parts | None) -> Parts:
     def named(part: str) -> tuple[str, ...]:
         return (names[part],) if names[part] in control else ()
 
     rows = [row for row in _TEMPLATES if all(word in control for part in _MARKERS for word in row[part][:1])]
+    if own is not None and not (rows and _writes_alike(rows[0], own)):
+        return {"bos": named("bos"), **own, "eos": named("eos"), "pad": named("pad")}
     if not rows:
         return {part: named(part) for part in ("bos", "eos", "pad")}
     row = next((row for row in rows if row["pad"] == named("pad")), rows[0])
@@ -336,12 +459,31 @@ def _template(control: Mapping[str, int], names: Mapping[str, str | None]) -> di
     return {**row, "eos": base_eos or row["eos"], "pad": named("pad") or row["pad"]}
 
 
+def _writes_alike(row: Parts, own: Parts) -> bool:
+    """Whether two templates write a user's message and the end of the last answer alike, as all of a family do."""
+    whole = [
+        ["".join(parts[part]) for part in ("end_of_user", "end_of_chat")]
+        + ["".join(word for part in ("header_open", "user", "header_close") for word in parts[part])]
+        for parts in (row, own)
+    ]
+    return whole[0] == whole[1]
+
+
 _PARTS = ("bos", "header_open", "system", "user", "assistant", "header_close", "end_of_turn", "eos", "pad")
 _MARKERS = ("bos", "header_open", "end_of_turn", "eos", "pad")
+
+
+def _row(*cells: str) -> Parts:
+    """A template whose messages all end in the same way, and whose chats start as plain texts do."""
+    row = {part: tuple(cell.split(" ")) if cell else () for part, cell in zip(_PARTS, cells, strict=True)}
+    ends = {end_of(role, last).part: row["end_of_turn"] for role in ROLES for last in (False, True)}
+    return {"bos": row["bos"], "start_of_chat": row["bos"], **row, **ends}
+
+
 # A tokenizer is of the first family whose control tokens it has, and of the one that pads as it does if several fit.
 _TEMPLATES = tuple(
-    {part: tuple(cell.split(" ")) if cell else () for part, cell in zip(_PARTS, row, strict=True)}
-    for row in (
+    _row(*cells)
+    for cells in (
         (  # Llama 3
             *("<|begin_of_text|>", "<|start_header_id|>", "system", "user", "assistant", "<|end_header_id|> \n\n"),
             *("<|eot_id|>", "<|eot_id|>", "<|end_of_text|>"),

@@ -16,7 +16,8 @@ MODULES = {path.stem: path for path in (ROOT / "minalm").glob("*.py") if path.st
 IMPORTS = {
     "text": set(),
     "stdlib_text": {"text"},
-    "vocab": {"text"},
+    "chat": {"text"},
+    "vocab": {"chat", "text"},
     "align": {"vocab"},
     "ngrams": {"text", "vocab"},
     "transfer": {"text", "vocab"},
@@ -32,11 +33,11 @@ IMPORTS = {
     "generate": {"head", "model", "sharding"},
     "families": {"model", "text"},
     "hf": {"families", "model", "text"},
-    "student": {"families", "hf", "model", "text", "transfer", "vocab"},
+    "student": {"chat", "families", "hf", "model", "text", "transfer", "vocab"},
     "checkpoint": {"text"},
     "report": {"types", "vocab"},
 }
-HOST = ("text", "stdlib_text", "vocab", "align", "ngrams", "transfer")  # numpy only
+HOST = ("text", "stdlib_text", "chat", "vocab", "align", "ngrams", "transfer")  # numpy only
 
 
 def parsed(path: Path) -> ast.Module:

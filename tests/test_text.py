@@ -16,6 +16,7 @@ from minalm.text import (
     InputError,
     Piece,
     Segment,
+    end_of,
     permute,
     read_corpus,
     text_corpus,
@@ -40,10 +41,10 @@ def cost(piece: Piece) -> int:
 
 
 def joined(pieces: list[Piece]) -> list[Segment]:
-    """The document that the pieces make when each piece's bos but the first is dropped; one text segment a stretch."""
+    """The document that the pieces make without the first part of all but one; one text segment a stretch."""
     segments: list[Segment] = [pieces[0][0]]
     for piece in pieces:
-        assert piece[0].content == Control("bos")
+        assert piece[0].content in (Control("bos"), Control("start_of_chat")) and piece[0] == pieces[0][0]
         for number, segment in enumerate(piece[1:]):
             previous = segments[-1]
             if number == 0 and isinstance(previous.content, str) and isinstance(segment.content, str):
@@ -72,12 +73,13 @@ def test_pieces_of_chats_spell_them_and_fit(chats: list, limit: int, mask_prompt
     chats = [*chats, [{"role": "user", "content": "x"}]]
     expected = []
     for chat in chats:
-        document = [control("bos", not mask_prompt)]
-        for message in chat:
+        document = [control("start_of_chat", not mask_prompt)]
+        for number, message in enumerate(chat, start=1):
             document += [control(part, not mask_prompt) for part in ("header_open", message["role"], "header_close")]
             counts = not mask_prompt or message["role"] == "assistant"
             document += [Segment(message["content"], counts)] if message["content"] else []
-            document += [control("end_of_turn", counts)]
+            end = "turn" if message["role"] == "assistant" else message["role"]
+            document += [control("end_of_chat" if end == "turn" and number == len(chat) else f"end_of_{end}", counts)]
         if any(message["content"] for message in chat):
             expected.append(document)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +91,7 @@ def test_pieces_of_chats_spell_them_and_fit(chats: list, limit: int, mask_prompt
     for piece in pieces:
         contents = [content.part if isinstance(content, Control) else "text" for content, counts in piece]
         # Neither a header without the start of its text, nor an end of turn without the end of its text, on its own.
-        assert contents[-1] in ("text", "end_of_turn")
+        assert contents[-1] in ("text", "end_of_system", "end_of_user", "end_of_turn", "end_of_chat")
         assert contents[1] in ("text", "header_open")
     documents = [pieces[a:b] for a, b in pairwise([*_firsts(corpus.pieces[:, 0]), len(pieces)])]
     assert [joined(document) for document in documents] == expected
@@ -142,7 +144,7 @@ def test_a_turn_ends_a_piece(tmp_path: Path) -> None:
     rows = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b c d" * 9}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": rows}))
     corpus = read_corpus([tmp_path / "chat.jsonl"], limit=4 + 12 + 40 + 4 + 12 + 4)
-    assert corpus.piece(0)[-1] == control("end_of_turn")
+    assert corpus.piece(0)[-1] == control("end_of_user")
     assert corpus.piece(1)[1] == control("header_open")
     assert len(corpus) == 2
 
@@ -168,8 +170,26 @@ def test_prompts_are_masked(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": rows}) + '\n{"text": "plain"}')
     corpus = read_corpus([tmp_path], limit=100, mask_prompt=True)
     counted = [[segment.content for segment in corpus.piece(index) if segment.counts] for index in range(2)]
-    assert counted == [["b", Control("end_of_turn")], [Control("bos"), "plain", Control("eos")]]
+    assert counted == [["b", Control("end_of_chat")], [Control("bos"), "plain", Control("eos")]]
     assert all(segment.counts for segment in read_corpus([tmp_path], limit=100).piece(0))
+
+
+def test_parts_of_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"messages": [{"role": role, "content": "a"} for role in roles]}) + '\n{"text": "plain"}'
+    )
+    corpus = read_corpus([tmp_path], limit=200)
+    parts = {content.part for content, _ in corpus.piece(0) if isinstance(content, Control)}
+    assert corpus.chat_parts == parts and corpus.has_chats
+    assert parts >= {"start_of_chat", "end_of_user", "end_of_turn", "end_of_chat"} and "end_of_system" not in parts
+    assert text_corpus(["plain"], limit=100).chat_parts == frozenset()
+
+
+def test_every_role_has_an_end_of_its_own() -> None:
+    assert [end_of(role, last).part for role in ("system", "user", "assistant") for last in (False, True)] == [
+        *("end_of_system", "end_of_system", "end_of_user", "end_of_user", "end_of_turn", "end_of_chat")
+    ]
 
 
 CHAT = '{"messages": [{"role": "user", "content": "good"}]}\n'
