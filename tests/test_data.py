@@ -6,15 +6,17 @@ import time
 import jax
 import numpy as np
 import pytest
+import small_tokenizers as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import vocabulary
+from tokenizers import pre_tokenizers
 
 from minalm.align import align
 from minalm.data import make_batch, read_ahead
 from minalm.ngrams import longest_suffix
 from minalm.text import Control, Segment
-from minalm.vocab import byte_vocabulary
+from minalm.vocab import byte_vocabulary, load_vocabulary
 
 
 def plain(text):
@@ -97,9 +99,11 @@ def test_the_chunk_of_a_rows_first_token_has_no_targets():
         assert (chunks.student_chunk == 1).any() and (chunks.teacher_chunk == 1).any()
 
 
-def test_what_a_side_cannot_spell_is_left_out():
-    student, teacher = vocabulary("bytes of llama2"), vocabulary("llama2")
-    pieces = [plain("the"), plain("a\u2581b"), plain("end")]
+def test_what_a_side_cannot_spell_is_left_out(tmp_path):
+    letters = set(pre_tokenizers.ByteLevel.alphabet()) - {chr(0xF4)}
+    teacher = load_vocabulary(small.save(tmp_path / "teacher", small.byte_level(alphabet=letters), small.LLAMA))
+    student = byte_vocabulary(teacher)
+    pieces = [plain("the"), plain("a\U00100000b"), plain("end")]  # UTF-8: f4 80 80 80
     batch, left_out = make_batch(pieces, student, teacher, longest_suffix(teacher, student), 20, 10)
     assert left_out == 1
     for tokens, side in ((batch.student, student), (batch.teacher, teacher)):
