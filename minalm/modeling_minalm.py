@@ -8,6 +8,8 @@ more layer behind those of the model: whatever crops, reorders, repeats or copie
 Ids are looked up plus one, as in config.json, so that 0 can mean that there is none (padding).
 """
 
+from collections.abc import Iterable
+
 import torch
 import transformers
 from torch import nn
@@ -70,6 +72,7 @@ class Trie:
 class SeenIds(DynamicLayer):
     """A layer of a cache whose keys are the ids seen, plus one, as [batch, 1, time, 1]; padding is 0."""
 
+    is_compileable = True  # a cache is where all layers are, and then gets other masks: the other layers decide
     max_cache_len = 0  # transformers 4 takes the largest of the layers
 
     @property
@@ -81,12 +84,13 @@ class SeenIds(DynamicLayer):
         self.keys, self.values, self.is_initialized = None, None, False
 
 
-def cache_among(values) -> Cache | None:
+def cache_among(values: Iterable) -> Cache | None:
     """The cache among arguments or outputs, whatever its name is in this version (`cache`, `past_key_values`)."""
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def seen_ids(cache: Cache | None) -> SeenIds | None:
+    """The layer of a cache with the ids seen, if it has one."""
     return None if cache is None else next((layer for layer in cache.layers if isinstance(layer, SeenIds)), None)
 
 
@@ -120,7 +124,7 @@ class ExpandedTrunk:
             )
         ids = input_ids.long() + 1
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            ids = ids * (attention_mask[:, past : past + time] != 0)
+            ids = ids * (attention_mask[:, past : past + time] != 0).expand_as(ids)  # refuses a mask of new ids alone
         longest = self.config.expand_input_ids_maxlen
         if self.trie is None or self.trie.device != ids.device:
             self.trie = Trie(self.config.expand_input_ids_dict[0], longest, ids.device)
@@ -171,7 +175,9 @@ def _define(config_name: str, trunk_name: str, model_name: str) -> None:
     family = getattr(transformers, config_name)
     config = define(config_name, (family,), model_type=f"tpu_{family.model_type}")
     trunk = define(trunk_name, (ExpandedTrunk, getattr(transformers, trunk_name)), config_class=config)
-    define(model_name, (ExpandedCausalLM, getattr(transformers, model_name)), config_class=config, trunk=trunk)
+    # The mixin is in the family's class already, but transformers looks for it among the bases, or adds it by a subclass.
+    bases = (ExpandedCausalLM, getattr(transformers, model_name), transformers.GenerationMixin)
+    define(model_name, bases, config_class=config, trunk=trunk)
 
 
 for _names in FAMILIES:

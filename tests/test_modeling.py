@@ -165,8 +165,10 @@ def write(folder, family):
 
 
 def load(folder):
+    """As users do, but that transformers 4 drops Gemma 2's softcap, and says so, unless attention is "eager"."""
+    eager = {"attn_implementation": "eager"} if "gemma2" in (folder / "config.json").read_text() else {}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, attn_implementation="eager", output_loading_info=True
+        folder, trust_remote_code=True, output_loading_info=True, **eager
     )
     assert not any(info.values()), info  # no tensor is missing, left over, or of another shape
     return model.eval()
@@ -202,7 +204,7 @@ def row(seed, length):
 
 def stepped(model, ids, sizes, cache=None, mask=None):
     """Logits of [batch, time] ids, fed in pieces of these sizes, and the cache."""
-    pieces, start = [], 0 if cache is None else cache.get_seq_length()
+    pieces, start = [], 0 if cache is None else int(cache.get_seq_length())  # static: a tensor that grows
     for piece in torch.split(ids, sizes, dim=1):
         start += piece.shape[1]
         with torch.no_grad():
@@ -222,14 +224,9 @@ def assert_equal(found, expected):
 # --- the lookup -----------------------------------------------------------------------------------------------------
 
 
-def modeling_file():
-    spec = importlib.util.spec_from_file_location("modeling_alone", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-Trie = modeling_file().Trie
+spec = importlib.util.spec_from_file_location("modeling_alone", FILE)
+MODELING = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(MODELING)
 IDS = st.integers(0, 2) | st.sampled_from([255, 256, 400])
 RUNS = st.lists(IDS, min_size=1, max_size=6).map(tuple)
 
@@ -247,7 +244,7 @@ RUNS = st.lists(IDS, min_size=1, max_size=6).map(tuple)
 def test_lookup_is_that_of_a_plain_loop(tokens, rows, longest):
     originals = {"": -1} | {key(token): i + 2 for i, token in enumerate(tokens)}
     ids, mask = (torch.tensor([[pair[part] for pair in row] for row in rows]) for part in (0, 1))
-    found = Trie(originals, longest, torch.device("cpu"))((ids + 1) * mask)
+    found = MODELING.Trie(originals, longest, torch.device("cpu"))((ids + 1) * mask)
     expected = [longest_tokens(originals, i, m, longest) for i, m in zip(ids.tolist(), mask.tolist(), strict=True)]
     assert found.tolist() == expected
 
@@ -259,6 +256,15 @@ def test_rows_of_these_tests_find_long_short_and_no_tokens():
     found = [lengths[i] for i in longest_tokens(originals, ids, [1] * len(ids))]
     assert {0, 1, 2, 3, LONGEST} <= set(found)
     assert max(random_originals(3).values()) <= ORIGINALS
+
+
+def test_a_family_that_transformers_lacks_is_left_out():
+    code = FILE.read_text().replace("Olmo2", "Olmo99")
+    names = {"__name__": MODELING.__name__}
+    exec(compile(code, FILE.name, "exec"), names)
+    assert {name for name in names if name.startswith("TPU")} == {
+        f"TPU{name}" for family in MODELING.FAMILIES if "Olmo2Model" not in family for name in family
+    }
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def test_left_padding(models, family):
 
 
 @pytest.mark.parametrize("family", FULLY)
-def test_a_copied_cropped_reordered_or_reset_cache_stays_right(models, family):
+def test_a_copied_cropped_or_reordered_cache_stays_right(models, family):
     model, reference, _ = models(family)
     first, second = row(0, 12), row(1, 12)
     cache = transformers.DynamicCache()  # keeps all positions, of windows too
@@ -333,6 +339,24 @@ def test_a_copied_cropped_reordered_or_reset_cache_stays_right(models, family):
     logits, _ = stepped(model, torch.tensor([[100, 97], [97, 98]]), 1, cache)
     assert_equal(logits[0], reference.logits(second + more + [100, 97])[16:])
     assert_equal(logits[1], reference.logits(second + more + [97, 98])[16:])
+
+
+@pytest.mark.parametrize("family", FULLY)
+def test_a_static_cache_is_filled_again_after_a_reset(models, family):
+    model, reference, _ = models(family)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+    for seed in range(2):
+        ids = row(seed, 18)
+        logits, _ = stepped(model, torch.tensor([ids]), [11, 1, 1, 1, 1, 3], cache)
+        assert_equal(logits[0], reference.logits(ids))
+        cache.reset()
+
+
+def test_a_mask_of_new_ids_alone_is_refused(models):
+    model, _, _ = models("llama")
+    _, cache = stepped(model, torch.tensor([row(0, 6)]), 6)
+    with pytest.raises(RuntimeError, match="size"):
+        model(torch.tensor([[97]]), attention_mask=torch.ones(1, 1), **{CACHE: cache})
 
 
 @pytest.mark.parametrize("family", FULLY)
@@ -475,6 +499,22 @@ def test_generation_goes_on_from_a_cache(models):
     check_steps(outputs, reference, [ids], 6)
 
 
+def test_generate_compiles_nothing(models, monkeypatch):
+    """A static cache has it compile the steps on some devices, whose ids seen would then be in the graph."""
+    model, _, _ = models("llama")
+    everywhere = transformers.CompileConfig()
+    everywhere._compile_all_devices = True
+    compiled = []
+    monkeypatch.setattr(model, "get_compiled_call", lambda config: compiled.append(config) or model.__call__)
+    settings = {"max_new_tokens": 3, "cache_implementation": "static", "compile_config": everywhere}
+    model.generate(torch.tensor([row(0, 5)]), **settings)
+    assert not compiled
+    expanded = type(model).__mro__[1]
+    monkeypatch.delattr(expanded, "_valid_auto_compile_criteria")
+    model.generate(torch.tensor([row(0, 5)]), **settings)
+    assert compiled  # so it would have
+
+
 def write_tokenizer(folder):
     """Bytes as ids 0 .. 255, then control tokens."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -490,7 +530,15 @@ def write_tokenizer(folder):
     words = ("<bos>", "<eos>", "<pad>", "<end_of_turn>")
     tokenizer.add_special_tokens([tokenizers.AddedToken(word, special=True, normalized=False) for word in words])
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_input_names=[
+            "input_ids",
+            "attention_mask",
+        ],  # transformers 4 would give token types, which no model takes
     )
     fast.chat_template = (
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}<end_of_turn>{% endfor %}"
