@@ -20,7 +20,7 @@ from minalm.families import DTYPES, Place, abstract, config_values, from_leaves,
 from minalm.model import ModelConfig, Transformer
 from minalm.text import InputError
 
-BLOCK = 4096  # rows of a table compared at a time
+BLOCK = 4096  # rows of a tensor compared or converted at a time
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")  # what is fetched of a model of the hub
 STORED_DTYPES = {"BF16": DTYPES["bfloat16"], "F16": np.dtype(np.float16), "F32": DTYPES["float32"]}
 
@@ -290,8 +290,10 @@ def _write_file(file: Path, arrays: Mapping[str, Any], names: Mapping[str, Place
     with file.open("xb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for place in names.values():
-            tensor = place.to_stored(_fetch(arrays[place.leaf], place)).astype(dtype, copy=False)
-            out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+            tensor = place.to_stored(_fetch(arrays[place.leaf], place))
+            for row in range(0, len(tensor), BLOCK):
+                block = np.ascontiguousarray(tensor[row : row + BLOCK].astype(dtype, copy=False))
+                out.write(block.view(np.uint8).data)
 
 
 def _fetch(array: Any, place: Place) -> Shaped[np.ndarray, "..."]:
