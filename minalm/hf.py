@@ -69,11 +69,11 @@ class Stored:
 
 
 def find(name: Path | str) -> Path:
-    """The folder of a model: a folder of this machine, or what the Hugging Face hub has under a name as `org/name`.
+    """The folder of a model: what exists under this path, or what the Hugging Face hub has under a name as `org/name`.
 
     What the hub has is fetched once, to the hub's own cache; no code and no pickles. Raises InputError.
     """
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name), re.ASCII):
         raise InputError(

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from minalm import families, hf
