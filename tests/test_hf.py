@@ -632,7 +632,7 @@ def hub():
             if not body:
                 self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{path}"')
+            self.send_header("ETag", f'"{body.hex()[:40]}"')  # the name of the file in the client's cache
             self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
             if self.command == "GET":
