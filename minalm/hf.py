@@ -91,7 +91,7 @@ def find(name: Path | str) -> Path:
 
 
 def read(folder: Path) -> Transformer:
-    """The model of a Hugging Face folder, as `Stored` leaves: everything is checked, and no weights are read.
+    """The model of a Hugging Face folder, as `Stored` leaves: everything is checked, and no weights are held.
 
     Raises InputError for a folder that is incomplete, damaged, or needs what is not implemented. A tied model may hold
     its unembedding a second time, if both are equal.

@@ -20,6 +20,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from real_models import real_model
 from safetensors import safe_open
 
 from minalm import families, hf, sharding
@@ -397,9 +398,13 @@ def test_two_processes_read_for_their_own_devices(folder):
         )
         for process in range(2)
     ]
-    for process in processes:
-        printed, errors = process.communicate(timeout=120)
-        assert printed == "8 4 4\n", errors
+    try:
+        for process in processes:
+            printed, errors = process.communicate(timeout=120)
+            assert printed == "8 4 4\n", errors
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -514,6 +519,21 @@ def test_shards(tmp_path, source, dtype):
     assert index["weight_map"] == {name: file for file, shard in zip(files, shards) for name in shard}
     assert_same(hf.load(tmp_path / "shards", np.float32), hf.load(tmp_path / "whole", np.float32))
     assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "shards").iterdir()}) == 1
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ("smollm2", "gemma3"))
+def test_real_tensors_come_out_again(tmp_path, name):
+    source = real_model(name)
+    if json.loads((source / "config.json").read_text())["model_type"] not in [f.model_type for f in families.FAMILIES]:
+        pytest.skip("gemma3_text is not implemented")
+    model = hf.read(source)
+    hf.save(tmp_path / "model", model, "bfloat16", shard_size=100_000_000)
+    assert hf.read_config(tmp_path / "model" / "config.json") == model.config
+    expected, shards = tensors_of(source / "model.safetensors"), shards_of(tmp_path / "model")
+    assert len(shards) > 2 and sum(map(len, shards)) == len(expected)
+    for tensor, value in itertools.chain(*(shard.items() for shard in shards)):
+        assert np.array_equal(value.view(np.uint16), expected[tensor].view(np.uint16)), tensor
 
 
 def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
