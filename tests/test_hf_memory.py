@@ -20,6 +20,8 @@ MB = 1_000_000
 SMALL = ModelConfig(65_536, 512, 1024, layers=6, heads=8, kv_heads=4, head_dim=64, windows=(None,) * 6)  # 92 MB
 LARGE = ModelConfig(262_144, 640, 2048, layers=18, heads=4, kv_heads=1, head_dim=256, windows=(None,) * 18)
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says what is needed here")
+
 START = """
 import sys
 from pathlib import Path
