@@ -509,8 +509,30 @@ class Place(NamedTuple):
             return self.shape
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
-    def from_stored(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        return tensor.T.reshape(self.shape) if self.inputs else tensor
+    def cut_shape(self, index: tuple[slice, ...]) -> tuple[int, ...]:
+        """The shape of the part `index` of our array."""
+        return tuple(len(range(size)[cut]) for size, cut in zip(self.shape, index, strict=True))
+
+    def stored_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where in the stored tensor the part `index` of our array lies.
+
+        Raises ValueError for steps, and for a cut of any but the first of the dimensions that are stored as one (of
+        heads and head_dim: heads), since no slice of the stored tensor is such a part.
+        """
+        dims = range(len(self.shape))
+        result = []
+        for first, *others in (dims[self.inputs :], dims[: self.inputs]) if self.inputs else ([dim] for dim in dims):
+            span = range(self.shape[first])[index[first]]
+            if span.step != 1 or any(range(self.shape[dim])[index[dim]] != range(self.shape[dim]) for dim in others):
+                raise ValueError(f"{self.leaf}, cut as {index}, is no slice of a tensor of shape {self.stored_shape}")
+            inner = math.prod(self.shape[dim] for dim in others)
+            result.append(slice(span.start * inner, span.stop * inner))
+        return tuple(result)
+
+    def from_stored(self, tensor: Any, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
+        """The part `index` of our array; `tensor` is the stored one, or what reads slices of it from a file."""
+        part = tensor[self.stored_index(index)]
+        return part.T.reshape(self.cut_shape(index)) if self.inputs else part
 
     def to_stored(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         return array.reshape(self.stored_shape[::-1]).T if self.inputs else array

@@ -11,8 +11,10 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from minalm.text import InputError
@@ -75,9 +77,28 @@ def shardings(spec_tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
 
 
-def place(tree: PyTree, mesh: Mesh) -> PyTree:
-    """A tree of modules laid out on the mesh as its fields declare."""
-    return jax.device_put(tree, shardings(specs(tree, mesh), mesh))
+def place(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
+    """A tree of modules laid out on the mesh as its fields declare, in `dtype` (None: each leaf in its own).
+
+    A leaf is an array, or what reads slices of one from a file (hf.Stored). The host holds one device's slice of one
+    leaf at a time, and of several processes each cuts the slices of its own devices alone.
+    """
+
+    def placed(leaf, sharding):
+        own = leaf.dtype if dtype is None else dtype
+        if isinstance(leaf, jax.Array):
+            return jax.device_put(leaf.astype(own), sharding)
+        owners = {}  # the devices that hold the same slice
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+            spans = tuple(cut.indices(size)[:2] for cut, size in zip(index, leaf.shape, strict=True))
+            owners.setdefault(spans, []).append(device)
+        parts = []
+        for spans, devices in owners.items():
+            part = np.asarray(leaf[tuple(slice(*span) for span in spans)]).astype(own, copy=False)
+            parts += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+    return jax.tree.map(placed, tree, shardings(specs(tree, mesh), mesh))
 
 
 def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from minalm import chat, families, hf
@@ -27,8 +26,9 @@ def student_from_teacher(
 
     Input and output table are the plan's mix of the teacher's input and output table; `tied` uses the former for both.
     With `expansion` the teacher's input table is added at input as it is: what a byte reads at first is its own row
-    plus that of the longest token which ends there. Host only: the leaves are numpy arrays. Raises InputError for an
-    expansion of what has one already.
+    plus that of the longest token which ends there. Host only: the teacher's leaves are numpy arrays or hf.Stored, and
+    stay what they are; the new tables are float32, so that means are rounded once, where they are used or written.
+    Raises InputError for an expansion of what has one already.
     """
     if teacher.expansion is not None:
         raise InputError(
@@ -37,20 +37,14 @@ def student_from_teacher(
     if rows < len(plan.start) - 1:
         raise ValueError(f"{rows} rows are not enough for {len(plan.start) - 1} tokens")
     arrays = families.leaves(teacher)
-    old_embed, old_unembed = arrays["embed"], arrays.get("unembed", arrays["embed"])
-    dtype = old_embed.dtype
-
-    def moved(table, seed):
-        return transfer_rows(plan, table.astype(np.float32), rows, seed).astype(dtype)
-
-    arrays["embed"] = moved(old_embed, seed)
-    arrays.pop("unembed", None)
+    old_embed, old_unembed = arrays["embed"], arrays.pop("unembed", arrays["embed"])
+    arrays["embed"] = transfer_rows(plan, old_embed, rows, seed)
     if not tied:
-        arrays["unembed"] = moved(old_unembed, seed + 1)
+        arrays["unembed"] = transfer_rows(plan, old_unembed, rows, seed + 1)
     if expansion:
         arrays["expansion"] = old_embed
     config = dataclasses.replace(
-        teacher.config, vocab_size=rows, tied=tied, expansion_size=len(old_embed) if expansion else None
+        teacher.config, vocab_size=rows, tied=tied, expansion_size=old_embed.shape[0] if expansion else None
     )
     return families.from_leaves(config, arrays)
 

@@ -1,9 +1,10 @@
 """The first embedding rows of a new vocabulary, made of the rows of an old one."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 
 from minalm.text import Segment
 from minalm.vocab import Vocabulary
@@ -67,13 +68,16 @@ def plan_transfer(old: Vocabulary, new: Vocabulary) -> TransferPlan:
 
 
 def transfer_rows(
-    plan: TransferPlan, table: Float32[np.ndarray, "old embed"], rows: int, seed: int
+    plan: TransferPlan, table: Float[Any, "old embed"], rows: int, seed: int
 ) -> Float32[np.ndarray, "{rows} embed"]:
     """The new table: by new id, then zeros up to `rows`.
 
-    Ids that have no old ids are drawn from the normal distribution of the old table's mean and standard deviation, one
-    for each channel. Give input and output table different seeds, or these rows will agree where they should not.
+    The old table is a numpy array, or what reads one from a file when it is sliced (hf.Stored); it is held as it is
+    stored, and turned into float32 and float64 in blocks. Ids that have no old ids are drawn from the normal
+    distribution of its mean and standard deviation, one for each channel. Give input and output table different seeds,
+    or these rows will agree where they should not.
     """
+    table = table[:]
     count = np.diff(plan.start)
     result = np.zeros((rows, table.shape[1]), np.float32)
     known = np.flatnonzero(count)
@@ -81,12 +85,24 @@ def transfer_rows(
         if len(block):
             # The ids of a block are contiguous: the ones in between that are drawn have none.
             first, last = plan.start[block[0]], plan.start[block[-1] + 1]
-            sums = np.add.reduceat(table[plan.old_ids[first:last]], plan.start[block] - first, axis=0)
+            found = table[plan.old_ids[first:last]].astype(np.float32)
+            sums = np.add.reduceat(found, plan.start[block] - first, axis=0)
             result[block] = sums / count[block, None].astype(np.float32)
     drawn = np.flatnonzero(count == 0)
-    own = table[: plan.old_size].astype(np.float64)
-    result[drawn] = own.mean(0) + own.std(0) * _normal(seed, len(drawn), table.shape[1])
+    if len(drawn):
+        mean, deviation = _moments(table[: plan.old_size])
+        result[drawn] = mean + deviation * _normal(seed, len(drawn), table.shape[1])
     return result
+
+
+def _moments(
+    table: Float[np.ndarray, "rows embed"],
+) -> tuple[Float64[np.ndarray, " embed"], Float64[np.ndarray, " embed"]]:
+    """Mean and standard deviation of each channel."""
+    blocks = range(0, len(table), _BLOCK)
+    mean = sum(table[i : i + _BLOCK].astype(np.float64).sum(0) for i in blocks) / len(table)
+    squares = sum(np.square(table[i : i + _BLOCK].astype(np.float64) - mean).sum(0) for i in blocks)
+    return mean, np.sqrt(squares / len(table))
 
 
 def _text_ids(vocabulary: Vocabulary) -> dict[bytes, int]:

@@ -238,12 +238,36 @@ def test_all_else_is_the_teachers(teacher):
     assert model.config.expansion_size == teacher.config.vocab_size
 
 
-def test_a_bfloat16_teacher_gives_a_bfloat16_student(teacher_folder):
-    teacher = hf.load(teacher_folder, families.DTYPES["bfloat16"])
+def test_new_tables_of_a_bfloat16_teacher_are_rounded_once(tmp_path, teacher_folder):
+    bfloat16 = families.DTYPES["bfloat16"]
+    teacher = hf.load(teacher_folder, bfloat16)
     model = student.student_from_teacher(teacher, plan_of([7], [3, 5]), expansion=True, tied=False, rows=4)
-    assert {array.dtype for array in families.leaves(model).values()} == {families.DTYPES["bfloat16"]}
     exact = (teacher.embed[3].astype(np.float32) + teacher.embed[5].astype(np.float32)) / 2
-    assert np.array_equal(model.embed[1], exact.astype(families.DTYPES["bfloat16"]))  # rounded once
+    assert np.array_equal(model.embed[1], exact) and not np.array_equal(exact.astype(bfloat16), exact)
+    others = {leaf: array.dtype for leaf, array in families.leaves(model).items() if leaf not in ("embed", "unembed")}
+    assert set(others.values()) == {bfloat16}
+    hf.save(tmp_path / "model", model, "bfloat16")
+    assert np.array_equal(hf.load(tmp_path / "model", np.float32).embed[1], exact.astype(bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_a_teacher_that_stays_in_its_file(tmp_path, teacher, tied):
+    """The same student, bit for bit, of which all that is the teacher's own is not read before it is needed."""
+    hf.save(tmp_path / "teacher", random_model(dataclasses.replace(teacher.config, tied=tied)), "bfloat16")
+    stored, loaded = hf.read(tmp_path / "teacher"), hf.load(tmp_path / "teacher", np.float32)
+    plan = plan_of([7], [3, 5], [], [2, 2, 9])
+    lazy, eager = (student.student_from_teacher(source, plan, True, False, 6, seed=4) for source in (stored, loaded))
+    old, new = families.leaves(stored), families.leaves(lazy)
+    assert new["expansion"] is old["embed"]
+    assert all(new[leaf] is old[leaf] for leaf in new if leaf not in ("embed", "unembed", "expansion"))
+    for leaf, array in families.leaves(eager).items():
+        assert new[leaf].shape == array.shape and np.array_equal(new[leaf][:], array), leaf
+    placed = sharding.place(lazy, sharding.make_mesh(4, 2), np.float32)
+    assert all(map(np.array_equal, jax.tree.leaves(placed), jax.tree.leaves(eager)))
+    for name, model in (("lazy", lazy), ("eager", eager)):
+        hf.save(tmp_path / name, model, "bfloat16", shard_size=20_000)
+    written = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("lazy", "eager")]
+    assert written[0] == written[1] and len(written[0]) > 3
 
 
 def test_a_student_with_an_expansion_is_no_teacher(teacher):
@@ -336,6 +360,18 @@ def test_incomplete_folders(tmp_path, monkeypatch, teacher_folder, file):
         run(monkeypatch, "bytes", tmp_path / "model", tmp_path / "out")
     assert exit.value.code.startswith("error: ") and file in exit.value.code  # printed to stderr, exit code 1
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_tensors(tmp_path, monkeypatch, teacher_folder):
+    (tmp_path / "model").mkdir()
+    for path in teacher_folder.iterdir():
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "bytes", tmp_path / "model", tmp_path / "out")
+    assert exit.value.code.startswith(f"error: {file} is damaged")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_transformers_runs_a_plain_student(tmp_path, monkeypatch, teacher_folder):

@@ -1,21 +1,35 @@
 """Hugging Face folders: both directions, the spellings of transformers 4 and 5, and everything that must be refused."""
 
 import dataclasses
+import http.server
+import itertools
 import json
+import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from real_models import real_model
 from safetensors import safe_open
 
-from minalm import families, hf
+from minalm import families, hf, sharding
+from minalm.families import Place
 from minalm.model import LinearScaling, Llama3Scaling, ModelConfig, Rope, Transformer, YarnScaling, initialize
 from minalm.text import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
+BFLOAT16 = families.DTYPES["bfloat16"]
 SIZES = {"vocab_size": 58, "embed": 24, "mlp": 34, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 10}
 LLAMA = ModelConfig(
     **SIZES,
@@ -40,11 +54,11 @@ GEMMA = ModelConfig(
 CONFIGS = {
     "llama": LLAMA,
     "llama tied, no scaling": dataclasses.replace(LLAMA, tied=True, rope=Rope(100.0)),
-    "llama with expansion": dataclasses.replace(LLAMA, expansion_size=77),
+    "llama with expansion": dataclasses.replace(LLAMA, expansion_size=78),
     "gemma2": GEMMA,
     "gemma2 untied, full attention": dataclasses.replace(GEMMA, tied=False, windows=(None, None, None)),
     "gemma2 without caps": dataclasses.replace(GEMMA, attention_softcap=None, final_softcap=None),
-    "gemma2 with expansion": dataclasses.replace(GEMMA, tied=False, expansion_size=77),
+    "gemma2 with expansion": dataclasses.replace(GEMMA, tied=False, expansion_size=78),
 }
 
 # As they are published (transformers 4), but for keys of the same kind.
@@ -345,11 +359,11 @@ def test_expansion_keys(tmp_path):
     hf.save(tmp_path / "model", random_model(CONFIGS["gemma2 with expansion"]), "float32")
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     assert values["expand_input_ids"] is True
-    assert values["expand_input_ids_maxlen"] == 16 and values["expand_input_ids_vocab_size"] == 77
+    assert values["expand_input_ids_maxlen"] == 16 and values["expand_input_ids_vocab_size"] == 78
     # transformers knows no such type. It would load a gemma2 and only warn that a tensor is left over.
     assert values["model_type"] == "tpu_gemma2"
     stored = tensors_of(tmp_path / "model" / "model.safetensors")
-    assert stored["model.expand_embed_tokens.weight"].shape == (77, 24)
+    assert stored["model.expand_embed_tokens.weight"].shape == (78, 24)
 
 
 def test_further_files_and_keys(tmp_path):
@@ -393,6 +407,387 @@ def test_save_refuses_what_no_family_expresses(tmp_path, changes):
     with pytest.raises(InputError, match="no Hugging Face model type"):
         hf.save(tmp_path / "model", random_model(dataclasses.replace(LLAMA, **changes)), "float32")
     assert not list(tmp_path.iterdir())
+
+
+# --- slices -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ((8, 1), (4, 2), (1, 2)), ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_devices_get_their_slices_from_the_file(tmp_path, config, mesh):
+    model, mesh = random_model(config), sharding.make_mesh(*mesh)
+    hf.save(tmp_path / "model", model, "float32")
+    stored, loaded = hf.read(tmp_path / "model"), hf.load(tmp_path / "model", np.float32)
+    assert all(isinstance(leaf, hf.Stored) for leaf in families.leaves(stored).values())
+    layouts = families.leaves(sharding.shardings(sharding.specs(model, mesh), mesh))
+    for dtype in (None, np.float32, BFLOAT16):
+        read, placed = (families.leaves(sharding.place(source, mesh, dtype)) for source in (stored, loaded))
+        for leaf, array in families.leaves(model).items():
+            expected = jax.device_put(array.astype(dtype or np.float32), layouts[leaf])
+            for found in (read[leaf], placed[leaf]):
+                assert found.dtype == expected.dtype and found.sharding == expected.sharding, leaf
+                for ours, theirs in zip(found.addressable_shards, expected.addressable_shards, strict=True):
+                    assert ours.device == theirs.device and np.array_equal(ours.data, theirs.data), leaf
+
+
+@dataclasses.dataclass
+class Counted:
+    """A handle of a tensor that notes how much of it is read."""
+
+    tensor: object
+    read: list[int]
+
+    def __getitem__(self, index):
+        part = self.tensor[index]
+        self.read.append(part.size)
+        return part
+
+
+@pytest.mark.parametrize("mesh", ((8, 1), (4, 2), (1, 2)), ids=str)
+def test_every_number_is_read_once(tmp_path, mesh):
+    hf.save(tmp_path / "model", random_model(CONFIGS["gemma2 with expansion"]), "float32")
+    read: list[int] = []
+    model = jax.tree.map(
+        lambda leaf: dataclasses.replace(leaf, tensors=tuple(Counted(tensor, read) for tensor in leaf.tensors)),
+        hf.read(tmp_path / "model"),
+    )
+    assert not read
+    sharding.place(model, sharding.make_mesh(*mesh))
+    assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(model))
+    assert max(read) <= max(leaf.size for leaf in jax.tree.leaves(model)) / math.prod(mesh)
+
+
+PROCESS = """
+import sys, jax, numpy as np
+from pathlib import Path
+process, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
+from minalm import families, hf, sharding
+mesh = sharding.make_mesh(4, 2)
+model = families.leaves(sharding.place(hf.read(folder), mesh, np.float32))
+whole = families.leaves(hf.load(folder, np.float32))
+shards = [(leaf, shard) for leaf in model for shard in model[leaf].addressable_shards]
+assert all(np.array_equal(shard.data, whole[leaf][shard.index]) for leaf, shard in shards)
+print(len(mesh.devices.flat), len({shard.device for _, shard in shards}), len(shards) // len(model))
+"""
+
+
+def test_two_processes_read_for_their_own_devices(folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(process), str(port), folder],
+            cwd=Path(hf.__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        for process in processes:
+            printed, errors = process.communicate(timeout=120)
+            assert printed == "8 4 4\n", errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def leaf_pairs(tmp_path_factory) -> dict[str, tuple[hf.Stored, np.ndarray]]:
+    folder = tmp_path_factory.mktemp("pairs") / "model"
+    hf.save(folder, random_model(GEMMA), "bfloat16")
+    arrays = families.leaves(hf.load(folder, np.float32))
+    return {leaf: (stored, arrays[leaf]) for leaf, stored in families.leaves(hf.read(folder)).items()}
+
+
+@given(data=st.data())
+def test_a_stored_leaf_is_indexed_as_an_array(leaf_pairs, data):
+    leaf = data.draw(st.sampled_from(sorted(leaf_pairs)))
+    stored, array = leaf_pairs[leaf]
+    assert (stored.shape, stored.ndim, stored.size, stored.dtype) == (array.shape, array.ndim, array.size, BFLOAT16)
+    index = []
+    for axis, size in enumerate(array.shape[: data.draw(st.integers(1, array.ndim))]):
+        inner = axis + 1 == array.ndim - (leaf.endswith(".o")) and leaf[-1] in "qkvo"  # head_dim
+        cut = st.just(slice(None)) if inner else st.builds(slice, *(st.none() | st.integers(-size, size),) * 2)
+        layer = st.integers(-size, size - 1) if axis == 0 and leaf.startswith("blocks") else st.nothing()
+        index.append(data.draw(layer | cut))
+    if any(isinstance(part, slice) and not len(range(size)[part]) for part, size in zip(index, array.shape)):
+        return  # no device has a slice of nothing
+    found = stored[tuple(index)]
+    assert found.dtype == BFLOAT16 and np.array_equal(found, array[tuple(index)].astype(BFLOAT16))
+    assert np.array_equal(stored.astype(np.float32)[tuple(index)], array[tuple(index)])
+
+
+def test_what_no_slice_of_the_file_holds(folder):
+    model = hf.read(folder)
+    everything = slice(None)
+    for part in (model.last.attention.q, model.last.attention.o):
+        index = [everything] * 3
+        index[part.shape.index(10)] = slice(0, 5)  # of head_dim: half of every head
+        with pytest.raises(ValueError, match="is no slice of a tensor of shape"):
+            part[tuple(index)]
+    for steps in (model.embed, model.last.mlp.up, model.last.attention.q):
+        with pytest.raises(ValueError, match="no slice"):
+            steps[::2]
+    whole = Place("x", None, (2, 3, 4, 5), 2)
+    assert whole.stored_index((slice(1, 2), slice(0, 3), slice(1, 3), slice(-5, None))) == (slice(5, 15), slice(3, 6))
+
+
+def test_a_model_of_one_layer(tmp_path):
+    config = dataclasses.replace(LLAMA, layers=1, windows=(None,))
+    model = random_model(config)
+    hf.save(tmp_path / "model", model, "bfloat16")
+    stored = hf.read(tmp_path / "model")
+    assert stored.blocks.attention.q[:, :, 1:3].shape == (0, 24, 2, 10)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(BFLOAT16).astype(np.float32), model)
+    assert_same(hf.load(tmp_path / "model", np.float32), rounded)
+    sharding.place(stored, sharding.make_mesh(4, 2))
+    hf.save(tmp_path / "again", stored, "bfloat16")
+    assert_same(hf.load(tmp_path / "again", np.float32), rounded)
+
+
+def test_layers_of_several_dtypes(folder):
+    down = tensors_of(folder / "model.safetensors")[DOWN].astype(np.float16)
+    rewrite(folder, model__layers__1__mlp__down_proj__weight=down)
+    stored = hf.read(folder).blocks.mlp.down
+    assert stored.dtype == np.float32 and np.array_equal(stored[1], down.T.astype(np.float32))
+    assert np.array_equal(stored[:][1], stored[1])
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def shards_of(folder: Path) -> list[dict[str, np.ndarray]]:
+    """The tensors of each file, in the order of the files, as safetensors reads them."""
+    return [tensors_of(file) for file in sorted(folder.glob("*.safetensors"))]
+
+
+@pytest.mark.parametrize("source", ("numpy", "mesh", "file"))
+@pytest.mark.parametrize("dtype", families.DTYPES)
+def test_shards(tmp_path, source, dtype):
+    """Bit for bit the same from wherever the leaves are, in one file or several; safetensors reads them."""
+    model = random_model(LLAMA)
+    hf.save(tmp_path / "model", model, "float32")
+    if source == "mesh":
+        model = sharding.place(model, sharding.make_mesh(4, 2))
+    elif source == "file":
+        model = hf.read(tmp_path / "model")
+    limit = 12_000
+    hf.save(tmp_path / "whole", model, dtype)
+    hf.save(tmp_path / "shards", model, dtype, shard_size=limit)
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["config.json", "model.safetensors"]
+
+    (whole,), shards = shards_of(tmp_path / "whole"), shards_of(tmp_path / "shards")
+    place_of = families.places(families.LLAMA, LLAMA)
+    assert whole.keys() == place_of.keys()
+    for name, place in place_of.items():
+        array = families.leaves(random_model(LLAMA))[place.leaf]
+        array = array if place.layer is None else array[place.layer]
+        expected = (array.reshape(-1, math.prod(place.shape[place.inputs :])).T if place.inputs else array).astype(
+            families.DTYPES[dtype]
+        )
+        assert whole[name].dtype == expected.dtype and np.array_equal(whole[name], expected), name
+    names = list(itertools.chain(*shards))
+    assert sorted(names) == sorted(whole)
+    for name, tensor in itertools.chain(*(shard.items() for shard in shards)):
+        assert tensor.dtype == whole[name].dtype and np.array_equal(tensor, whole[name])
+
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards]
+    assert all(size <= limit or len(shard) == 1 for size, shard in zip(sizes, shards))
+    assert len(shards) >= sum(sizes) / limit
+    if dtype == "float32":
+        assert sum(size > limit for size in sizes) == 0  # the largest has 9,792 bytes
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == sum(tensor.nbytes for tensor in whole.values())
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    assert sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors")) == files
+    assert index["weight_map"] == {name: file for file, shard in zip(files, shards) for name in shard}
+    assert_same(hf.load(tmp_path / "shards", np.float32), hf.load(tmp_path / "whole", np.float32))
+    assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "shards").iterdir()}) == 1
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ("smollm2", "gemma3"))
+def test_real_tensors_come_out_again(tmp_path, name):
+    source = real_model(name)
+    if json.loads((source / "config.json").read_text())["model_type"] not in [f.model_type for f in families.FAMILIES]:
+        pytest.skip("gemma3_text is not implemented")
+    model = hf.read(source)
+    hf.save(tmp_path / "model", model, "bfloat16", shard_size=100_000_000)
+    assert hf.read_config(tmp_path / "model" / "config.json") == model.config
+    expected, shards = tensors_of(source / "model.safetensors"), shards_of(tmp_path / "model")
+    assert len(shards) > 2 and sum(map(len, shards)) == len(expected)
+    for tensor, value in itertools.chain(*(shard.items() for shard in shards)):
+        assert np.array_equal(value.view(np.uint16), expected[tensor].view(np.uint16)), tensor
+
+
+def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
+    hf.save(tmp_path / "model", random_model(GEMMA), "float32", shard_size=4000)
+    shards = shards_of(tmp_path / "model")
+    large = [shard for shard in shards if any(tensor.nbytes > 4000 for tensor in shard.values())]
+    assert len(large) > 3 and all(len(shard) == 1 for shard in large)
+    assert any(len(shard) > 1 for shard in shards)
+    assert_same(hf.load(tmp_path / "model", np.float32), random_model(GEMMA))
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    sources = (random_model(GEMMA), sharding.place(random_model(GEMMA), sharding.make_mesh(2, 2)))
+    for i, model in enumerate(sources):
+        hf.save(tmp_path / str(i), model, "bfloat16", shard_size=10_000)
+    hf.save(tmp_path / "2", hf.load(tmp_path / "0", np.float32), "bfloat16", shard_size=10_000)
+    hf.save(tmp_path / "3", hf.read(tmp_path / "0"), "bfloat16", shard_size=10_000)
+    first, *others = ({path.name: path.read_bytes() for path in (tmp_path / i).iterdir()} for i in "0123")
+    assert len(first) > 4 and all(other == first for other in others)
+    for name, content in first.items():
+        if name.endswith(".safetensors"):
+            length = int.from_bytes(content[:8], "little")
+            assert length % 8 == 0 and content[8 : 8 + length].rstrip(b" ").endswith(b"}")
+            with safe_open(tmp_path / "0" / name, framework="numpy") as tensors:
+                assert tensors.metadata() == {"format": "pt"}
+
+
+def test_what_lies_on_a_mesh_leaves_no_copy_on_the_host(tmp_path):
+    model = sharding.place(random_model(GEMMA), sharding.make_mesh(4, 2))
+    hf.save(tmp_path / "model", model, "float32")
+    assert all(leaf._npy_value is None for leaf in jax.tree.leaves(model))
+
+
+def test_rows_that_a_mesh_needs_are_cut(tmp_path):
+    model = random_model(LLAMA)
+    for i, source in enumerate((model, sharding.place(model, sharding.make_mesh(4, 2)))):
+        hf.save(tmp_path / str(i), source, "float32", vocabulary_size=51)
+    hf.save(tmp_path / "2", hf.read(tmp_path / "0"), "float32", vocabulary_size=50)
+    assert np.array_equal(hf.load(tmp_path / "1", np.float32).unembed, model.unembed[:51])
+    assert np.array_equal(hf.load(tmp_path / "2", np.float32).unembed, model.unembed[:50])
+    assert (tmp_path / "0" / "model.safetensors").read_bytes() == (tmp_path / "1" / "model.safetensors").read_bytes()
+
+
+def test_a_failure_between_shards_leaves_nothing(tmp_path):
+    model = random_model(LLAMA)
+    model = eqx.tree_at(lambda model: model.last.mlp.down, model, model.last.mlp.down[:-1])
+    with pytest.raises(ValueError, match="last.mlp.down has the shape"):
+        hf.save(tmp_path / "model", model, "float32", shard_size=10_000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_transformers_reads_shards(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = random_model(LLAMA)
+    hf.save(tmp_path / "model", model, "float32", shard_size=10_000)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    assert np.array_equal(theirs["lm_head.weight"].numpy(), model.unembed)
+    q = theirs["model.layers.2.self_attn.q_proj.weight"].numpy()
+    assert np.array_equal(q.reshape(6, 10, 24), np.moveaxis(model.last.attention.q, 0, 2))
+
+
+# --- names of the hub ---------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789" * 4
+FIND = """
+import sys
+from minalm import hf
+for name in sys.argv[1:]:
+    try:
+        print(hf.find(name))
+    except hf.InputError as error:
+        print("refused:", error)
+"""
+
+
+def find(home: Path, *names: str, **environment: str) -> list[str]:
+    """What `hf.find` says to each name, in a process of its own, since the hub's client reads its settings once."""
+    settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIND, *names],
+        cwd=home,
+        env=os.environ | settings | {"PYTHONPATH": str(Path(hf.__file__).parents[1])} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def hub():
+    """A hub of this machine, with one repository, org/name: the files of it that were sent, and its address."""
+    names = ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
+    names += ("pytorch_model.bin", "modeling.py", "original/params.json", "onnx/model.safetensors", "README.md")
+    sent = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            if path == "/api/models/org/name/revision/main":
+                body = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": []}).encode()
+            elif path == f"/api/models/org/name/tree/{COMMIT}":
+                listed = [
+                    {"type": "file", "path": name, "size": len(name), "oid": f"{i:040}"} for i, name in enumerate(names)
+                ]
+                body = json.dumps(listed).encode()
+            elif path.startswith(prefix := f"/org/name/resolve/{COMMIT}/"):
+                body = path.removeprefix(prefix).encode()
+                if self.command == "GET":
+                    sent.append(body.decode())
+            else:
+                body = b""
+            self.send_response(200 if body else 404)
+            if not body:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{body.hex()[:40]}"')  # the name of the file in the client's cache
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield sent, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_name_of_the_hub(tmp_path, hub):
+    sent, address = hub
+    found, unknown = find(tmp_path, "org/name", "org/unknown", HF_ENDPOINT=address)
+    assert Path(found) == tmp_path / "hub" / "models--org--name" / "snapshots" / COMMIT
+    kept = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]  # no pickles, no code
+    assert sorted(path.name for path in Path(found).iterdir()) == sorted(sent) == kept
+    assert (Path(found) / "config.json").read_text() == "config.json"
+    assert unknown.startswith("refused: org/unknown is no folder here, and the Hugging Face hub did not give it")
+    assert all(word in unknown for word in ("RepositoryNotFoundError", "name a folder", "login", "network"))
+    # Once fetched it is there without a network; what was not fetched is not.
+    for without in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        again, other = find(tmp_path, "org/name", "org/other", **without)
+        assert again == found and other.startswith("refused: org/other is no folder here")
+
+
+def test_names_without_a_hub(tmp_path, folder):
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / COMMIT
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "hub" / "models--some--model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--some--model" / "refs" / "main").write_text(COMMIT)
+    (tmp_path / "local" / "model").mkdir(parents=True)
+    cached, local, absolute, *refused = find(
+        tmp_path, "some/model", "local/model", str(folder), "no/model", "a/b/c", "../x", "/no/x", HF_HUB_OFFLINE="1"
+    )
+    assert (cached, local, absolute) == (str(snapshot), "local/model", str(folder))
+    assert hf.load(Path(cached), np.float32).config == LLAMA
+    assert refused[0].startswith("refused: no/model is no folder here, and the Hugging Face hub did not give it")
+    for name, message in zip(("a/b/c", "../x", "/no/x"), refused[1:], strict=True):
+        assert message.startswith(f"refused: {name} does not exist: name the folder")
 
 
 # --- config.json --------------------------------------------------------------------------------------------------
@@ -726,7 +1121,7 @@ def test_a_quantised_tensor(folder):
 
 
 def test_an_expansion_that_config_does_not_mention(folder):
-    rewrite(folder, model__expand_embed_tokens__weight=np.zeros((77, 24), np.float32))
+    rewrite(folder, model__expand_embed_tokens__weight=np.zeros((78, 24), np.float32))
     refused(folder, "model.expand_embed_tokens.weight")
 
 
@@ -750,6 +1145,87 @@ def test_a_truncated_file(folder, size):
 def test_a_file_that_is_no_safetensors(folder, header):
     (folder / "model.safetensors").write_bytes(header)
     refused(folder, "model.safetensors is damaged")
+
+
+def with_header(file: Path, text: bytes | dict, data: bytes | None = None) -> None:
+    """Puts another header in front of the data of a safetensors file, or of other data."""
+    whole = file.read_bytes()
+    data = whole[8 + int.from_bytes(whole[:8], "little") :] if data is None else data
+    text = json.dumps(text).encode() if isinstance(text, dict) else text
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def header_of(file: Path) -> dict:
+    whole = file.read_bytes()
+    return json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+
+
+@pytest.mark.parametrize("sharded", (False, True))
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda tensor, end: {"data_offsets": [tensor["data_offsets"][0], end + 4]},
+        lambda tensor, end: {"data_offsets": [2**63, 2**63 + 24 * 34 * 4]},
+        lambda tensor, end: {"data_offsets": [tensor["data_offsets"][0] - 4, tensor["data_offsets"][1] - 4]},
+        lambda tensor, end: {"data_offsets": tensor["data_offsets"][::-1]},
+        lambda tensor, end: {"data_offsets": [0, 24 * 34 * 4]},
+        lambda tensor, end: {"shape": [24, 35]},
+        lambda tensor, end: {"shape": [2**40, 2**40]},
+        lambda tensor, end: {"shape": [-24, 34]},
+        lambda tensor, end: {"dtype": "BF16"},
+        lambda tensor, end: {"dtype": "NONE"},
+    ),
+)
+def test_a_header_that_does_not_fit_its_data(folder, sharded, change):
+    file = folder / (shard(folder)[DOWN] if sharded else "model.safetensors")
+    header = header_of(file)
+    end = max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+    header[DOWN] |= change(header[DOWN], end)
+    with_header(file, header)
+    refused(folder, f"{file.name} is damaged .*: fetch it again")
+
+
+@pytest.mark.parametrize("text", (b"", b"{", b"[]", b"\xff", b'{"a": 1}', b"{}"))
+def test_a_header_that_is_none(folder, text):
+    with_header(folder / "model.safetensors", text)
+    refused(folder, "model.safetensors is damaged")
+
+
+def test_a_header_longer_than_its_file(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
+    refused(folder, "model.safetensors is damaged")
+
+
+def test_a_header_that_names_a_tensor_twice(folder):
+    file = folder / "model.safetensors"
+    text = json.dumps(header_of(file)).replace('"lm_head.weight"', f'"{DOWN}"')
+    with_header(file, text.encode())
+    refused(folder, "model.safetensors is damaged")
+
+
+def test_data_behind_the_tensors(folder):
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"\0" * 8)
+    refused(folder, "model.safetensors is damaged")
+
+
+@pytest.mark.parametrize("dtype", (np.float64, np.int32, families.ml_dtypes.float8_e4m3fn))
+def test_dtypes_that_are_not_read(folder, dtype):
+    rewrite(folder, model__norm__weight=np.ones(24, dtype))
+    refused(folder, "model.safetensors: the tensor model.norm.weight is (F64|I32|F8_E4M3), which is not implemented")
+
+
+def test_a_file_that_is_a_folder(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    refused(folder, "model.safetensors is damaged")
+
+
+def test_a_truncated_shard(folder):
+    file = folder / shard(folder)[DOWN]
+    file.write_bytes(file.read_bytes()[:-1])
+    refused(folder, f"{file.name} is damaged")
 
 
 def test_no_tensors_at_all(folder):
@@ -791,11 +1267,35 @@ def test_a_shard_with_a_tensor_that_the_index_does_not_list(folder):
     refused(folder, f"holds the tensor {DOWN}, which model.safetensors.index.json does not list")
 
 
-@pytest.mark.parametrize("weight_map", (None, [], {"a": 1}, {"a": "../model.safetensors"}, {"a": "pytorch_model.bin"}))
+@pytest.mark.parametrize(
+    "weight_map",
+    (
+        None,
+        [],
+        {"a": 1},
+        {"a": "../model.safetensors"},
+        {"a": "/tmp/model.safetensors"},
+        {"a": "part/model.safetensors"},
+        {"a": "..safetensors/"},
+        {"a": "pytorch_model.bin"},
+    ),
+    ids=str,
+)
 def test_an_index_that_is_none(folder, weight_map):
     shard(folder)
     write_index(folder, weight_map)
     refused(folder, "no 'weight_map'")
+
+
+def test_an_index_with_an_impossible_name(folder):
+    write_index(folder, shard(folder) | {DOWN: "a\0.safetensors"})
+    refused(folder, "safetensors is missing")
+
+
+def test_an_index_of_nothing(folder):
+    shard(folder)
+    write_index(folder, {})
+    refused(folder, "model lacks the tensor")
 
 
 def test_an_index_that_names_a_tensor_twice(folder):

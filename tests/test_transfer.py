@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -173,6 +174,37 @@ def test_drawn_rows_have_the_spread_of_the_old_ones() -> None:
     np.testing.assert_allclose((z**4).mean(0), 3, atol=0.2)  # of a normal distribution
     np.testing.assert_allclose(z.T @ z / len(z), np.eye(4), atol=0.03)
     assert not np.any(rows == transfer_rows(plan, table, 20_000, seed=4))
+
+
+class Sliced:
+    """A table in a file: slices of it can be read, and nothing else."""
+
+    def __init__(self, table: np.ndarray):
+        self.table, self.shape, self.dtype = table, table.shape, table.dtype
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        assert isinstance(index, slice)
+        return self.table[index]
+
+
+@pytest.mark.parametrize("dtype", (ml_dtypes.bfloat16, np.float16, np.float32))
+@pytest.mark.parametrize("block", (1, 7, 4096))
+def test_tables_of_any_dtype_in_blocks(monkeypatch: pytest.MonkeyPatch, dtype: type, block: int) -> None:
+    monkeypatch.setattr(transfer, "_BLOCK", block)
+    random = np.random.default_rng(0)
+    table = (random.standard_normal((60, 5)) * [1, 20, 0.1, 3, 1e-3] + [0, 50, -1, 2, 1]).astype(dtype)
+    ids = [random.integers(0, 50, size) for size in (1, 3, 0, 2, 0, 0, 9, 1, 0)]
+    plan = TransferPlan(50, np.concatenate(ids).astype(np.int64), np.cumsum([0, *map(len, ids)]))
+    rows = transfer_rows(plan, table, 11, seed=5)
+    assert rows.dtype == np.float32
+    wide = table.astype(np.float64)
+    for row, sources in zip(rows, ids):
+        if len(sources):
+            np.testing.assert_allclose(row, wide[sources].mean(0), rtol=1e-6, atol=1e-6)
+    drawn = [i for i, sources in enumerate(ids) if not len(sources)]
+    expected = wide[:50].mean(0) + wide[:50].std(0) * transfer._normal(5, len(drawn), 5)
+    np.testing.assert_allclose(rows[drawn], expected, rtol=1e-6)
+    assert np.array_equal(transfer_rows(plan, Sliced(table), 11, seed=5), rows)
 
 
 def test_draws_are_pinned() -> None:
