@@ -1,107 +1,215 @@
-"""Models of Hugging Face folders: onto bytes, onto another tokenizer, or looked at.
+"""Models of Hugging Face: onto bytes, onto another tokenizer, out of a training run, or looked at.
 
     python convert.py bytes gemma-2-2b-it gemma-2-2b-it-bytes
     python convert.py tokenizer Llama-3.2-3B-Instruct qwen/tokenizer.json llama-qwen
-    python convert.py inspect gemma-2-2b-it-bytes
+    python convert.py export runs/smollm2-135m-byte smollm2-bytes
+    python convert.py inspect smollm2-bytes
 
-What these write is where training starts: a model that has not been trained on its new vocabulary yet.
+MODEL is a folder (config.json, *.safetensors, tokenizer.json) or a name on the Hugging Face hub (org/name). What `bytes`
+and `tokenizer` write is where training starts: a model that has not been trained on its new vocabulary yet. What `export`
+writes loads in transformers. `python convert.py VERB --help` explains a verb.
 """
 
 import dataclasses
+import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import tyro
 from tyro.conf import Positional
 
-from minalm import families, hf, student
-from minalm.model import ModelConfig
+import train
+from minalm import checkpoint, families, hf, student
+from minalm.model import ModelConfig, Transformer
+from minalm.ngrams import LongestSuffix, longest_suffix
+from minalm.student import Usage, load_vocabularies, read_template, read_usage, student_from_teacher
 from minalm.text import InputError
 from minalm.transfer import TransferPlan, plan_transfer
 from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
 
 Dtype = Literal["bfloat16", "float32"]
+# Files of a model that go along as they are when it is written again. No code: what transformers needs is our own.
+COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+COPIED += ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def to_bytes(
-    folder: Positional[Path], out: Positional[Path], expansion: bool = True, dtype: Dtype = "bfloat16", seed: int = 0
+    model: Positional[Path], out: Positional[Path], expansion: bool = True, dtype: Dtype = "bfloat16", seed: int = 0
 ) -> None:
     """Puts a model on the byte vocabulary: 256 bytes and the control tokens of its chat template.
 
     Args:
-        folder: the model's Hugging Face folder.
+        model: its Hugging Face folder, or its name on the hub as org/name.
         out: the folder to write; it must not exist.
         expansion: add the embedding of the longest original token that ends at each byte to the byte's own.
         dtype: how the weights are stored.
         seed: of the rows that the original vocabulary has nothing for.
     """
-    old = load_vocabulary(folder)
-    write(folder, old, byte_vocabulary(old), out, expansion, tied=False, dtype=dtype, seed=seed)
+    folder, old, teacher = source(model, out)
+    new = byte_vocabulary(old)
+    ngrams = longest_suffix(old, new) if expansion else None
+    write(teacher, old, new, ngrams, out, tied=False, dtype=dtype, seed=seed, usage=read_usage(folder))
 
 
 def to_tokenizer(
-    folder: Positional[Path],
+    model: Positional[Path],
     tokenizer: Positional[Path],
     out: Positional[Path],
+    control: Literal["keep", "change"] = "keep",
+    tied: bool | None = None,
     dtype: Dtype = "bfloat16",
     seed: int = 0,
 ) -> None:
-    """Puts a model on another tokenizer, to which the control tokens of the model's chat template are added.
+    """Puts a model on another tokenizer.
 
     Args:
-        folder: the model's Hugging Face folder.
+        model: its Hugging Face folder, or its name on the hub as org/name.
         tokenizer: a tokenizer.json, or a folder that holds one.
         out: the folder to write; it must not exist.
+        control: control tokens and chat template: keep the model's (they are added to the tokenizer), or change to the
+            tokenizer's own.
+        tied: whether the output table is the input table. Default: as it is in the model.
         dtype: how the weights are stored.
         seed: of the rows that the original vocabulary has nothing for.
     """
-    old = load_vocabulary(folder)
-    new = with_control(load_vocabulary(tokenizer), old)
-    tied = hf.read_config(folder / "config.json").tied
-    write(folder, old, new, out, False, tied, dtype, seed)
+    folder, old, teacher = source(model, out)
+    new, usage = load_vocabulary(tokenizer), read_usage(folder)
+    if control == "keep":
+        new = with_control(new, old)
+    else:
+        usage = dataclasses.replace(usage, chat_template=read_template(tokenizer))
+    write(teacher, old, new, None, out, teacher.config.tied if tied is None else tied, dtype, seed, usage)
+
+
+def source(model: Path, out: Path) -> tuple[Path, Vocabulary, Transformer]:
+    """The folder, vocabulary and weights of a subword model that is to be put on another vocabulary."""
+    refuse_existing(out)
+    folder = hf.find(model)
+    old, _ = load_vocabularies(folder)
+    teacher = hf.read(folder)
+    old.boundary_mask(teacher.config.vocab_size)  # raises if the tokenizer has more ids than the table has rows
+    return folder, old, teacher
 
 
 def write(
-    folder: Path, old: Vocabulary, new: Vocabulary, out: Path, expansion: bool, tied: bool, dtype: Dtype, seed: int
+    teacher: Transformer,
+    old: Vocabulary,
+    new: Vocabulary,
+    ngrams: LongestSuffix | None,
+    out: Path,
+    tied: bool,
+    dtype: Dtype,
+    seed: int,
+    usage: Usage,
 ) -> None:
-    """Writes the model of `folder` on the vocabulary `new` and reports what its tables were made of."""
-    if out.exists():
-        raise InputError(f"{out} exists already: name another folder or remove it")
-    teacher = hf.load(folder, families.DTYPES[dtype])
-    old.boundary_mask(teacher.config.vocab_size)  # raises if the tokenizer has more ids than the table has rows
+    """Writes a model on the vocabulary `new` and reports what its tables were made of."""
     plan = plan_transfer(old, new)
-    model = student.student_from_teacher(teacher, plan, expansion, tied, new.size, seed)
-    kept = student.read_chat_template(folder), student.read_max_length(folder)
-    student.save(out, model, new, old if expansion else None, dtype, *kept)
+    model = student_from_teacher(teacher, plan, ngrams is not None, tied, new.size, seed)
+    student.save(out, model, new, ngrams, dtype, usage)
     print(f"tokens      {old.size:,} -> {new.size:,}: {origins(plan)}")
     print(f"parameters  {parameters(teacher.config)} -> {parameters(model.config)}")
     print(f"written to  {out}")
 
 
-def inspect(folder: Positional[Path]) -> None:
-    """Prints a model's architecture, sizes and vocabulary, without reading its weights.
+def export(source: Positional[Path], out: Positional[Path], step: int | None = None, dtype: Dtype = "bfloat16") -> None:
+    """Writes the student of a training run, or a model as it is, as a Hugging Face folder that transformers loads.
+
+    A byte model with an input expansion (a published one too) gets the code that transformers needs to run it.
 
     Args:
-        folder: the model's Hugging Face folder.
+        source: the folder of a run (--out of train.py), the folder of a model, or a name on the hub as org/name.
+        out: the folder to write; it must not exist.
+        step: of a run: which checkpoint. Default: the newest.
+        dtype: how the weights are stored.
     """
-    config = hf.read_config(folder / "config.json")
-    vocabulary, original = student.load_vocabularies(folder)
-    for field in dataclasses.fields(config):
-        print(f"{field.name:<22}{getattr(config, field.name)}")
-    for part, size in parts(config).items():
-        print(f"{part + ' parameters':<22}{size:,}")
-    print(f"{'vocabulary':<22}{describe(vocabulary)}")
-    if original is not None:
-        print(f"{'expansion':<22}{describe(original)}")
+    refuse_existing(out)
+    if is_run(source):
+        config = read_run(source)
+        models = train.load_models(config)
+        model = trained_student(config, models, source / "checkpoints", step)
+        student.save(out, model, models.student_vocabulary, models.student_ngrams, dtype, models.usage)
+    else:
+        if step is not None:
+            raise InputError(f"{source} is not a run, so it has no checkpoint {step}: leave out --step")
+        folder = hf.find(source)
+        model = hf.read(folder)
+        load_vocabularies(folder)  # raises if they do not fit
+        values = hf.read_json(folder / "config.json")
+        copied = {file: (folder / file).read_bytes() for file in COPIED if (folder / file).is_file()}
+        hf.save(out, model, dtype, keys=families.informative(values), files=copied)
+    print(f"written to  {out}")
+
+
+def trained_student(config: train.Config, models: train.Models, checkpoints: Path, step: int | None) -> Transformer:
+    """A run's student as a checkpoint has it; what is not trained comes from where the run began."""
+    trained, frozen = eqx.partition(models.student, models.is_trained(config))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=device), trained)
+    return eqx.combine(checkpoint.restore(checkpoints, {"student": like}, step)["student"], frozen)
+
+
+def inspect(source: Positional[Path]) -> None:
+    """Prints a model's architecture, sizes and vocabulary without reading its weights; of a run, how far it came too.
+
+    Args:
+        source: the folder of a run or of a model, or a name on the hub as org/name.
+    """
+    if is_run(source):
+        config = read_run(source)
+        models = train.load_models(config)
+        model, vocabulary, ngrams = models.student.config, models.student_vocabulary, models.student_ngrams
+        line("steps", f"{checkpoint.latest(source / 'checkpoints') or 0:,} of {config.steps:,}")
+        for evaluation in read_lines(source / "evaluations.jsonl"):
+            bits = ", ".join(f"{side} {value:.3f}" for side, value in evaluation["bits_per_byte"].items())
+            line(f"after step {evaluation['step']:,}", f"bits per byte: {bits}")
+    else:
+        folder = hf.find(source)
+        vocabulary, ngrams = load_vocabularies(folder)
+        model = hf.read(folder).config
+    for field in dataclasses.fields(model):
+        line(field.name, getattr(model, field.name))
+    for part, size in parts(model).items():
+        line(f"{part} parameters", f"{size:,}")
+    line("vocabulary", describe(vocabulary))
+    if ngrams is not None:
+        line("expansion", f"{len(ngrams.keys) - 1 + len(ngrams.control):,} original tokens")
+
+
+# --- runs of train.py ---------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def read_run(folder: Path) -> train.Config:
+    """The settings of a run. Raises InputError if they are not as train.py wrote them."""
+    return train.read_settings(folder / "config.yaml")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+def line(name: str, value: object) -> None:
+    print(f"{name:<22}{value}")
 
 
 def origins(plan: TransferPlan) -> str:
     return f"{plan.copied:,} copied, {plan.averaged:,} averaged, {plan.drawn:,} drawn"
 
 
-def parts(config: ModelConfig) -> dict[str, int]:
+def parts(config: ModelConfig) -> Mapping[str, int]:
     """The number of parameters in the tables, in the layers, and in all."""
     sizes = {leaf: math.prod(array.shape) for leaf, array in families.leaves(families.abstract(config)).items()}
     tables = {leaf: size for leaf, size in sizes.items() if leaf in ("embed", "expansion", "unembed")}
@@ -110,7 +218,7 @@ def parts(config: ModelConfig) -> dict[str, int]:
 
 
 def parameters(config: ModelConfig) -> str:
-    sizes = parts(config)
+    sizes = dict(parts(config))
     total = sizes.pop("all")
     return f"{total:,} ({', '.join(f'{part} {size:,}' for part, size in sizes.items())})"
 
@@ -120,12 +228,21 @@ def describe(vocabulary: Vocabulary) -> str:
     return f"{vocabulary.size:,} ids, {kind}; control tokens {', '.join(vocabulary.template_control) or 'none'}"
 
 
+def refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"{out} exists already: name another folder or remove it")
+
+
 def main() -> None:
-    verbs = {"bytes": to_bytes, "tokenizer": to_tokenizer, "inspect": inspect}
+    verbs = {"bytes": to_bytes, "tokenizer": to_tokenizer, "export": export, "inspect": inspect}
     try:
         tyro.extras.subcommand_cli_from_dict(verbs, description=__doc__)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"error: {error.filename or 'the system'}: {error.strerror or error}: make it possible and start again"
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +37,16 @@ from minalm.model import ModelConfig, Remat, Transformer, initialize, pick
 from minalm.ngrams import LongestSuffix, longest_suffix
 from minalm.sharding import ROWS, P, make_mesh, place, place_rows, shardings, specs
 from minalm.stdlib_text import stdlib_documents
-from minalm.student import load_vocabularies, read_chat_template, save, student_from_teacher, tokenizer_json
+from minalm.student import (
+    Usage,
+    load_vocabularies,
+    pad_rows,
+    read_template,
+    read_usage,
+    save,
+    student_from_teacher,
+    tokenizer_json,
+)
 from minalm.text import Control, Corpus, InputError, Piece, Segment, read_corpus, text_corpus
 from minalm.transfer import plan_transfer
 from minalm.types import Batch, Tokens, TokenStats
@@ -65,6 +75,7 @@ LOWEST = {  # the smallest value that makes sense; a row of one token has nothin
 MAY_CHANGE = (  # at a --resume
     *("resume", "overwrite", "out", "mesh", "log_interval", "save_interval", "evaluation_interval", "samples"),
 )
+OF_A_NEW_STUDENT = ("student_tokenizer", "control", "tied", "student_weights", "expansion", "architecture")
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -92,10 +103,16 @@ class Config:
     """Updates of the student; the learning rate falls to 0 at the last."""
 
     teacher: Path | None = None
-    """Hugging Face folder of the teacher, which is also where the student starts from. Without one (a pretraining run)
+    """Hugging Face folder of the teacher, or its name on the hub as org/name; the student starts from it too. Without one
     only sft is possible."""
+    student: Path | None = None
+    """Start from this model instead, with its own tokenizer: a byte student of an earlier run, or a published one."""
     student_tokenizer: Literal["bytes"] | Path = "bytes"
     """What the student reads: bytes, or a tokenizer.json (or its folder)."""
+    control: Literal["keep", "change"] = "keep"
+    """Control tokens and chat template of a student with a tokenizer: the teacher's, or that tokenizer's own."""
+    tied: bool | None = None
+    """Whether the student's output table is its input table. Default: not for bytes, else as the teacher's."""
     student_weights: Literal["transfer", "random"] = "transfer"
     """Start from the teacher's weights, or (a control) from random ones of the same shape."""
     expansion: bool = True
@@ -188,10 +205,19 @@ class Config:
         if self.teacher is None:
             if self.losses.needs_teacher:
                 raise InputError("alm and latents need a teacher: give --teacher, or --losses.alm 0 --losses.latents 0")
-            if self.architecture is None:
+            if self.architecture is None and self.student is None:
                 raise InputError("there is no model to start from: name a Hugging Face folder with --teacher")
-            if self.student_tokenizer == "bytes":
+            if self.student_tokenizer == "bytes" and self.student is None:
                 raise InputError("without a teacher there is no tokenizer: name one with --student-tokenizer")
+        if self.student is not None:
+            own = {f.name: f.default for f in dataclasses.fields(Config) if f.name in OF_A_NEW_STUDENT}
+            for name, default in own.items():
+                if getattr(self, name) != default:
+                    raise InputError(f"--student brings its own tokenizer and tables: leave out {_flag(name)}")
+        elif self.student_tokenizer == "bytes":
+            for name, default in (("control", "keep"), ("tied", None)):
+                if getattr(self, name) not in (default, False):
+                    raise InputError(f"{_flag(name)} is not for bytes: give --student-tokenizer, or leave it out")
 
 
 def _flag(name: str) -> str:
@@ -279,18 +305,18 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "gemma2-2b-it-byte": (
-        "Gemma 2 2B IT becomes byte-level, as published. Needs --data, and --teacher if it is elsewhere.",
-        Config(out=Path("runs/gemma2-2b-it-byte"), teacher=Path("gemma-2-2b-it"), **HEADLINE),
+        "Gemma 2 2B IT becomes byte-level, as published. Needs --data; --teacher names a folder, or else the hub is asked.",
+        Config(out=Path("runs/gemma2-2b-it-byte"), teacher=Path("google/gemma-2-2b-it"), **HEADLINE),
     ),
     "llama3.2-3b-it-byte": (
-        "Llama 3.2 3B Instruct becomes byte-level, as published. Needs --data, and --teacher if it is elsewhere.",
-        Config(out=Path("runs/llama3.2-3b-it-byte"), teacher=Path("Llama-3.2-3B-Instruct"), **HEADLINE),
+        "Llama 3.2 3B Instruct becomes byte-level, as published. Needs --data; --teacher names a folder, or else the hub is asked.",
+        Config(out=Path("runs/llama3.2-3b-it-byte"), teacher=Path("meta-llama/Llama-3.2-3B-Instruct"), **HEADLINE),
     ),
     "smollm2-135m-byte": (
-        "SmolLM2 135M Instruct becomes byte-level on one device. Needs --data, and --teacher if it is elsewhere.",
+        "SmolLM2 135M Instruct becomes byte-level on one device. Needs --data; --teacher names a folder, or else the hub is asked.",
         Config(
             out=Path("runs/smollm2-135m-byte"),
-            teacher=Path("SmolLM2-135M-Instruct"),
+            teacher=Path("HuggingFaceTB/SmolLM2-135M-Instruct"),
             steps=200,  # an hour of two CPU cores
             batch_size=4,
             piece_bytes=512,
@@ -314,6 +340,10 @@ class State(eqx.Module):
     student: Transformer
     optimizer: optax.OptState
     step: jax.Array
+
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint keeps apart, so that the student can be read without the rest."""
+        return {"student": self.student, "optimizer": self.optimizer, "step": self.step}
 
 
 class Fixed(eqx.Module):
@@ -412,27 +442,90 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What comes from outside: texts, vocabularies and initial weights, all of it checked before a run begins."""
+class Models:
+    """Vocabularies and initial models, the weights in their files or on the host."""
 
-    training: Corpus
-    held_out: Corpus | None
     student_vocabulary: Vocabulary
-    teacher_vocabulary: Vocabulary | None
-    ngrams: LongestSuffix | None
+    student_ngrams: LongestSuffix | None
     student: Transformer
-    teacher: Transformer | None
     student_entries: head.Entries
+    teacher_vocabulary: Vocabulary | None
+    teacher_ngrams: LongestSuffix | None
+    teacher: Transformer | None
     teacher_entries: head.Entries | None
-    chat_template: str | None
+    usage: Usage
 
     def batch(self, config: Config, pieces: list[Piece]) -> tuple[Batch, int]:
-        lengths = config.student_length, config.teacher_length
-        return data.make_batch(pieces, self.student_vocabulary, self.teacher_vocabulary, self.ngrams, *lengths)
+        student = self.student_vocabulary, self.student_ngrams, config.student_length
+        teacher = self.teacher_vocabulary, self.teacher_ngrams, config.teacher_length
+        return data.make_batch(pieces, data.Side(*student), None if self.teacher is None else data.Side(*teacher))
+
+    def is_trained(self, config: Config) -> Transformer:
+        """The student with True in the place of each parameter that is trained, False of each that stays."""
+        trained = jax.tree.map(lambda _: True, self.student)
+        if self.student.expansion is not None and not config.train_expansion:
+            trained = eqx.tree_at(lambda model: model.expansion, trained, False)
+        return trained
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Reads everything that a run needs; nothing is written before all of it is known to be good."""
+def load_models(config: Config) -> Models:
+    """Reads vocabularies and checks models; no weights are held but the tables of a new vocabulary."""
+    teacher = teacher_vocabulary = teacher_ngrams = teacher_entries = student_ngrams = None
+    usage = Usage()
+    if config.teacher is not None:
+        folder = hf.find(config.teacher)
+        teacher_vocabulary, teacher_ngrams = load_vocabularies(folder)
+        teacher, usage = hf.read(folder), read_usage(folder)
+        teacher_entries = entries_of(teacher_vocabulary, teacher)
+
+    if config.student is not None:
+        folder = hf.find(config.student)
+        vocabulary, student_ngrams = load_vocabularies(folder)
+        student, usage = hf.read(folder), read_usage(folder)
+    elif config.student_tokenizer == "bytes":
+        vocabulary = byte_vocabulary(teacher_vocabulary)
+        if config.expansion:
+            student_ngrams = longest_suffix(teacher_vocabulary, vocabulary)
+    else:
+        vocabulary = load_vocabulary(config.student_tokenizer)
+        if config.control == "change":
+            usage = dataclasses.replace(usage, chat_template=read_template(config.student_tokenizer))
+        elif teacher_vocabulary is not None:
+            vocabulary = with_control(vocabulary, teacher_vocabulary)
+
+    rows = -(-vocabulary.size // ROW_MULTIPLE) * ROW_MULTIPLE
+    if config.student is not None:
+        student = pad_rows(student, rows)
+    elif teacher is not None:
+        tied = config.tied
+        if tied is None:
+            tied = teacher.config.tied and config.student_tokenizer != "bytes"
+        plan = plan_transfer(teacher_vocabulary, vocabulary)
+        student = student_from_teacher(teacher, plan, student_ngrams is not None, tied, rows, config.seed)
+        if config.student_weights == "random":
+            student = initialize(student.config, jax.random.key(config.seed))
+    else:
+        student = initialize(config.architecture, jax.random.key(config.seed))
+    if student.config.layers < 2:
+        raise InputError(
+            f"{config.student or config.teacher} has one layer: use a model of at least two, the last of which stands apart"
+        )
+    tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
+    return Models(
+        student_vocabulary=vocabulary,
+        student_ngrams=student_ngrams,
+        student=student,
+        student_entries=entries_of(vocabulary, student),
+        teacher_vocabulary=teacher_vocabulary,
+        teacher_ngrams=teacher_ngrams,
+        teacher=teacher,
+        teacher_entries=teacher_entries,
+        usage=dataclasses.replace(usage, max_length=usage.max_length or config.student_length),
+    )
+
+
+def load_texts(config: Config, models: Models) -> tuple[Corpus, Corpus | None]:
+    """Training and held-out text; all of it is read and checked."""
 
     def documents(files: tuple[Path, ...], split: Literal["training", "held_out"]) -> Corpus | None:
         if files:
@@ -448,49 +541,11 @@ def load_inputs(config: Config) -> Inputs:
         raise InputError(
             f"--evaluation-skip {config.evaluation_skip} passes over all {len(held_out)} held-out rows: lower it"
         )
-    teacher = teacher_vocabulary = teacher_entries = ngrams = chat_template = None
-    if config.teacher is not None:
-        teacher_vocabulary, _ = load_vocabularies(config.teacher)
-        teacher = hf.load(config.teacher, np.float32)
-        teacher_entries = entries_of(teacher_vocabulary, teacher)
-        chat_template = read_chat_template(config.teacher)
-    if config.student_tokenizer != "bytes":
-        vocabulary = load_vocabulary(config.student_tokenizer)
-        if teacher_vocabulary is not None:
-            vocabulary = with_control(vocabulary, teacher_vocabulary)
-    else:
-        vocabulary = byte_vocabulary(teacher_vocabulary)
-        if config.expansion:
-            ngrams = longest_suffix(teacher_vocabulary, vocabulary)
-
-    if teacher is None:
-        student = initialize(config.architecture, jax.random.key(config.seed))
-    else:
-        rows = -(-vocabulary.size // ROW_MULTIPLE) * ROW_MULTIPLE
-        tied = teacher.config.tied and config.student_tokenizer != "bytes"
-        plan = plan_transfer(teacher_vocabulary, vocabulary)
-        student = student_from_teacher(teacher, plan, ngrams is not None, tied, rows, config.seed)
-        if config.student_weights == "random":
-            student = initialize(student.config, jax.random.key(config.seed))
-    if student.config.layers < 2:
-        raise InputError(f"{config.teacher} has one layer: use a model of at least two, the last of which stands apart")
-    tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
     for corpus in (training, held_out):
-        for side in (vocabulary, teacher_vocabulary):
-            if corpus is not None and corpus.has_chats and side is not None:
-                side.part_ids("header_open")  # raises if it cannot write chats
-    return Inputs(
-        training,
-        held_out,
-        vocabulary,
-        teacher_vocabulary,
-        ngrams,
-        student,
-        teacher,
-        entries_of(vocabulary, student),
-        teacher_entries,
-        chat_template,
-    )
+        for side in (models.student_vocabulary, models.teacher_vocabulary):
+            for part in corpus.chat_parts if corpus is not None and side is not None else ():
+                side.part_ids(part)  # raises if it cannot write that
+    return training, held_out
 
 
 def entries_of(vocabulary: Vocabulary, model: Transformer) -> head.Entries:
@@ -510,6 +565,40 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return result
+
+
+def read_settings(file: Path) -> Config:
+    """The settings that a config.yaml holds. Raises InputError if it is not as `start_folder` wrote it."""
+    try:
+        return _typed(Config, yaml.safe_load(file.read_text("utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is not as this program wrote it: start again under another --out") from error
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """What a plain value from a config.yaml was before it was written, by the annotation of its field."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if value.keys() != hints.keys():
+            raise KeyError(f"{kind.__name__} has other fields")
+        return kind(**{name: _typed(hints[name], value[name]) for name in hints})
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return options[options.index(value)]
+    if typing.get_origin(kind) is tuple:
+        return tuple(_typed(options[0], item) for item in value)
+    if options:  # a union: the first that fits
+        for option in options:
+            try:
+                return _typed(option, value)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue
+        raise TypeError(f"{value!r} is not of {kind}")
+    if kind is Path:
+        return Path(value)
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise TypeError(f"{value!r} is not of {kind}")
+    return value
 
 
 def check_folder(config: Config) -> None:
@@ -575,23 +664,22 @@ def main(config: Config) -> None:
     mesh = make_mesh(fsdp, tp)
     if config.batch_size % fsdp:
         raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
-    inputs = load_inputs(config)
-    specs((inputs.student, inputs.teacher), mesh)  # raises if the mesh does not divide a parameter
+    models = load_models(config)
+    training, held_out = load_texts(config, models)
+    specs((models.student, models.teacher), mesh)  # raises if the mesh does not divide a parameter
     start_folder(config)
 
     # 2. Parameters on the mesh: trained ones in float32, frozen ones in the dtype they are used in.
     dtype = jnp.dtype(config.compute_dtype)
-    trained = jax.tree.map(lambda _: True, inputs.student)
-    if inputs.student.expansion is not None and not config.train_expansion:
-        trained = eqx.tree_at(lambda model: model.expansion, trained, False)
-    student, frozen = eqx.partition(inputs.student, trained)
+    student, frozen = eqx.partition(models.student, models.is_trained(config))
+    report.show_settings(config, {"student, trained": student, "student, frozen": frozen, "teacher": models.teacher})
+    student = place(student, mesh, jnp.float32)
     fixed = Fixed(
-        student=jax.tree.map(lambda leaf: leaf.astype(dtype), frozen),
-        teacher=jax.tree.map(lambda leaf: leaf.astype(dtype), inputs.teacher),
-        student_entries=inputs.student_entries,
-        teacher_entries=inputs.teacher_entries,
+        student=place(frozen, mesh, dtype),
+        teacher=place(models.teacher, mesh, dtype),
+        student_entries=place(models.student_entries, mesh),
+        teacher_entries=place(models.teacher_entries, mesh),
     )
-    fixed, student = place(fixed, mesh), place(student, mesh)
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     optimizer_layout = optax.tree_map_params(
         optimizer,
@@ -606,18 +694,17 @@ def main(config: Config) -> None:
         step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
     )
     step_function = jax.jit(functools.partial(train_step, config, optimizer, mesh), donate_argnums=0)
-    report.show_settings(config, {"student, trained": student, "student, frozen": frozen, "teacher": inputs.teacher})
 
     # 3. Batches are a function of (seed, step).
     def batch_of(step: int) -> tuple[Batch, int]:
-        return inputs.batch(config, inputs.training.batch(config.seed, step, config.batch_size))
+        return models.batch(config, training.batch(config.seed, step, config.batch_size))
 
-    if inputs.teacher is not None:
-        report.show_alignment(batch_of(0)[0], inputs.student_vocabulary, inputs.teacher_vocabulary)
+    if models.teacher is not None:
+        report.show_alignment(batch_of(0)[0], models.student_vocabulary, models.teacher_vocabulary)
 
     checkpoints = config.out / "checkpoints"
     if config.resume and checkpoint.latest(checkpoints) is not None:
-        state = checkpoint.restore(checkpoints, state)
+        state = State(**checkpoint.restore(checkpoints, state.items()))
     first = int(state.step)
     log, evaluations, samples = (
         JsonLines(config.out / f"{name}.jsonl", first) for name in ("metrics", "evaluations", "samples")
@@ -631,13 +718,13 @@ def main(config: Config) -> None:
 
     def evaluate(step: int, state: State) -> None:
         """Writes the measures of held-out text, unless the run has them already."""
-        if inputs.held_out is None or evaluations.at(step):
+        if held_out is None or evaluations.at(step):
             return
-        last = min(config.evaluation_skip + config.evaluation_rows, len(inputs.held_out))
-        rows = inputs.held_out.batch(0, 0, last)[config.evaluation_skip :]
+        last = min(config.evaluation_skip + config.evaluation_rows, len(held_out))
+        rows = held_out.batch(0, 0, last)[config.evaluation_skip :]
         rows += [()] * (-len(rows) % config.batch_size)  # an empty piece is a row without weight
         batches = (
-            inputs.batch(config, rows[i : i + config.batch_size])[0] for i in range(0, len(rows), config.batch_size)
+            models.batch(config, rows[i : i + config.batch_size])[0] for i in range(0, len(rows), config.batch_size)
         )
         model = eqx.combine(state.student, fixed.student)
         found = measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
@@ -648,10 +735,10 @@ def main(config: Config) -> None:
 
     def show_samples(step: int, state: State) -> None:
         """Held-out texts as the student goes on with them."""
-        if inputs.held_out is None or not config.samples or samples.at(step):
+        if held_out is None or not config.samples or samples.at(step):
             return
         model = eqx.combine(state.student, fixed.student)
-        prompts, continuations = continue_texts(config, inputs, fixed, model, mesh)
+        prompts, continuations = continue_texts(config, models, held_out, fixed, model, mesh)
         for prompt, continuation in zip(prompts, continuations, strict=True):
             samples.write({"step": step, "prompt": prompt, "continuation": continuation})
         report.show_samples(prompts, continuations)
@@ -698,7 +785,7 @@ def main(config: Config) -> None:
             if is_saved(step + 1):  # a state is saved after it was found to be good, and after its line was written
                 record(*pending)
                 pending = None
-                checkpoint.save(checkpoints, step + 1, state)
+                checkpoint.save(checkpoints, step + 1, state.items())
             if config.evaluation_interval is not None and (step + 1) % config.evaluation_interval == 0:
                 evaluate(step + 1, state)
     batches.close()
@@ -707,15 +794,7 @@ def main(config: Config) -> None:
     # 5. The result: the student as a Hugging Face folder, a table, a few lines of its own, and summary.json last.
     model = eqx.combine(state.student, fixed.student)
     shutil.rmtree(config.out / "hf", ignore_errors=True)
-    save(
-        config.out / "hf",
-        jax.device_get(model),
-        inputs.student_vocabulary,
-        None if inputs.ngrams is None else inputs.teacher_vocabulary,
-        config.compute_dtype,
-        chat_template=inputs.chat_template,
-        max_length=config.student_length,
-    )
+    save(config.out / "hf", model, models.student_vocabulary, models.student_ngrams, config.compute_dtype, models.usage)
     evaluate(config.steps, state)
     show_samples(config.steps, state)
     start, end = (evaluations.at(step)[0] if evaluations.rows else None for step in (0, config.steps))
@@ -734,18 +813,18 @@ def main(config: Config) -> None:
 
 
 def continue_texts(
-    config: Config, inputs: Inputs, fixed: Fixed, model: Transformer, mesh: Mesh
+    config: Config, models: Models, held_out: Corpus, fixed: Fixed, model: Transformer, mesh: Mesh
 ) -> tuple[list[str], list[str]]:
     """The first characters of some held-out pieces, and how the student goes on with each."""
-    pieces = inputs.held_out.batch(1, 0, config.samples)
+    pieces = held_out.batch(1, 0, config.samples)
     texts = [[part.content for part in piece if isinstance(part.content, str)] for piece in pieces]
     texts = ["".join(parts)[:120] or "\n" for parts in texts]
     pieces = [(Segment(Control("bos")), Segment(text)) for text in texts]
-    vocabulary = inputs.student_vocabulary
+    vocabulary = models.student_vocabulary
     continued = generate(
         model,
         fixed.student_entries,
-        inputs.ngrams,
+        models.student_ngrams,
         [encoding.ids for encoding in vocabulary.encode(pieces)],
         new_tokens=160,
         stop=vocabulary.eos_id,

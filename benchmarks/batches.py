@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 from real_tokenizers import real_tokenizer
 
-from minalm.data import make_batch
+from minalm.data import Side, make_batch
 from minalm.ngrams import longest_suffix
 from minalm.text import Control, Piece, Segment
 from minalm.vocab import byte_vocabulary, load_vocabulary, with_control
@@ -101,7 +101,8 @@ def main() -> None:
                 ngrams = longest_suffix(teacher, student)
             else:
                 student, ngrams = with_control(load_vocabulary(paths[student_name]), teacher), None
-            make_batch([], student, teacher, ngrams, student_length, teacher_length)
+            sides = Side(student, ngrams, student_length), Side(teacher, None, teacher_length)
+            make_batch([], *sides)
             setup.append(time.perf_counter() - start)
 
             alone = Tokenizer.from_file(str(paths[teacher_name] / "tokenizer.json"))
@@ -112,7 +113,7 @@ def main() -> None:
                 alone.encode_batch_fast(texts, add_special_tokens=False)
                 library.append(time.perf_counter() - start)
                 start = time.perf_counter()
-                batch, dropped = make_batch(pieces, student, teacher, ngrams, student_length, teacher_length)
+                batch, dropped = make_batch(pieces, *sides)
                 ours.append(time.perf_counter() - start)
                 left_out += dropped
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))

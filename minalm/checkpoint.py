@@ -4,6 +4,7 @@ A checkpoint holds what training changes (trained parameters, optimiser state, s
 come from the run's own inputs again, and the data are a function of (seed, step), so nothing else is needed to go on.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -21,12 +22,13 @@ def _manager(folder: Path):
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save(folder: Path, step: int, state: PyTree) -> None:
+def save(folder: Path, step: int, items: Mapping[str, PyTree]) -> None:
     """Writes the state after `step` steps; a checkpoint not written to the end does not exist for `restore`."""
     import orbax.checkpoint as ocp
 
+    args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
     with _manager(folder) as manager:
-        manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        manager.save(step, args=args, force=True)
 
 
 def latest(folder: Path) -> int | None:
@@ -37,20 +39,25 @@ def latest(folder: Path) -> int | None:
         return manager.latest_step()
 
 
-def restore(folder: Path, like: PyTree) -> PyTree:
-    """The newest checkpoint, with the structure, shapes and layouts of `like`.
+def restore(folder: Path, like: Mapping[str, PyTree], step: int | None = None) -> dict[str, PyTree]:
+    """Items of a checkpoint, by default the newest, with the structure, shapes and layouts of `like`.
 
-    Raises InputError if there is no checkpoint, or if it was written by a run of another shape.
+    Raises InputError if there is no such checkpoint, or if it was written by a run of another shape.
     """
     import orbax.checkpoint as ocp
 
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    args = {name: ocp.args.StandardRestore(jax.tree.map(abstract, item)) for name, item in like.items()}
     with _manager(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"there is no checkpoint in {folder}: start without --resume")
+        steps = manager.all_steps()
+        if not steps or (step is not None and step not in steps):
+            said = f"are those after steps {', '.join(map(str, sorted(steps)))}" if steps else "is none"
+            raise InputError(f"{folder} has no checkpoint {'' if step is None else step}: there {said}")
+        step = max(steps) if step is None else step
         try:
-            return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            return dict(manager.restore(step, args=ocp.args.Composite(**args)))
         except Exception as error:  # Orbax raises whatever its parts raise, at the length of a page
             raise InputError(
                 f"the checkpoint {folder / str(step)} is damaged or of another run: "

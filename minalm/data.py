@@ -3,9 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import count
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -19,15 +18,16 @@ from minalm.vocab import Encoding, Vocabulary
 T = TypeVar("T")
 
 
-def make_batch(
-    pieces: Sequence[Piece],
-    student: Vocabulary,
-    teacher: Vocabulary | None,
-    ngrams: LongestSuffix | None,
-    student_length: int,
-    teacher_length: int,
-) -> tuple[Batch, int]:
-    """One row for each piece, cut at `student_length` and `teacher_length` tokens, and the number of pieces left out.
+class Side(NamedTuple):
+    """How one side of a batch reads text."""
+
+    vocabulary: Vocabulary
+    ngrams: LongestSuffix | None  # of a model with an input expansion
+    length: int  # tokens of a row
+
+
+def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> tuple[Batch, int]:
+    """One row for each piece, cut at each side's length, and the number of pieces left out.
 
     A piece is left out if a tokenizer cannot spell its bytes: its row is empty, with weight 0 and no chunks. Texts are
     put through the teacher's and then the student's Unicode normaliser before either reads them. Without a teacher the
@@ -35,22 +35,17 @@ def make_batch(
     log-probability there: it keeps its close, and no target belongs to it.
     """
     for side in (teacher, student):
-        if side is not None and side.normalizer is not None:
-            pieces = [_normalized(piece, side) for piece in pieces]
-    ours = student.encode(pieces)
-    theirs = ours if teacher is None else teacher.encode(pieces)
+        if side is not None and side.vocabulary.normalizer is not None:
+            pieces = [_normalized(piece, side.vocabulary) for piece in pieces]
+    ours = student.vocabulary.encode(pieces)
+    theirs = ours if teacher is None else teacher.vocabulary.encode(pieces)
     usable = [our.spelled and their.spelled for our, their in zip(ours, theirs)]
     ours, theirs = ([row if use else row.cut(0) for row, use in zip(rows, usable)] for rows in (ours, theirs))
-    other, other_length = (student, student_length) if teacher is None else (teacher, teacher_length)
-
-    tokens = _tokens(ours, student.pad_id, student_length)
-    if ngrams is not None:
-        tokens = replace(tokens, ngram=ngrams(tokens.inputs))
     return (
         Batch(
-            student=tokens,
-            teacher=None if teacher is None else _tokens(theirs, teacher.pad_id, teacher_length),
-            chunks=_chunks(ours, theirs, student, other, student_length, other_length),
+            student=_tokens(ours, student),
+            teacher=None if teacher is None else _tokens(theirs, teacher),
+            chunks=_chunks(ours, theirs, student, teacher or student),
         ),
         usable.count(False),
     )
@@ -80,7 +75,8 @@ def _normalized(piece: Piece, vocabulary: Vocabulary) -> Piece:
     )
 
 
-def _tokens(rows: Sequence[Encoding], pad: int, length: int) -> Tokens:
+def _tokens(rows: Sequence[Encoding], side: Side) -> Tokens:
+    pad, length = side.vocabulary.pad_id, side.length
     inputs = np.full((len(rows), length), pad, np.int32)
     targets = np.full((len(rows), length), pad, np.int32)
     weight = np.zeros((len(rows), length), np.float32)
@@ -89,36 +85,29 @@ def _tokens(rows: Sequence[Encoding], pad: int, length: int) -> Tokens:
         inputs[row, : len(ids)] = ids
         targets[row, : len(following)] = following
         weight[row, : len(following)] = encoding.counts[1:length]
-    return Tokens(inputs, targets, weight, None)
+    return Tokens(inputs, targets, weight, None if side.ngrams is None else side.ngrams(inputs))
 
 
-def _chunks(
-    ours: Sequence[Encoding],
-    theirs: Sequence[Encoding],
-    student: Vocabulary,
-    teacher: Vocabulary,
-    student_length: int,
-    teacher_length: int,
-) -> AlignedChunks:
-    rows, capacity = len(ours), min(student_length, teacher_length)
+def _chunks(ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side, teacher: Side) -> AlignedChunks:
+    rows, capacity = len(ours), min(student.length, teacher.length)
     chunks = AlignedChunks(
-        student_chunk=np.full((rows, student_length), -1, np.int32),
-        teacher_chunk=np.full((rows, teacher_length), -1, np.int32),
+        student_chunk=np.full((rows, student.length), -1, np.int32),
+        teacher_chunk=np.full((rows, teacher.length), -1, np.int32),
         student_close=np.full((rows, capacity), -1, np.int32),
         teacher_close=np.full((rows, capacity), -1, np.int32),
         before_space=np.zeros((rows, capacity), bool),
         text_bytes=np.zeros((rows, capacity), np.int32),
     )
     for row, (our, their) in enumerate(zip(ours, theirs)):
-        aligned = align(our.cut(student_length), their.cut(teacher_length))
+        aligned = align(our.cut(student.length), their.cut(teacher.length))
         used = len(aligned.student_close)
         chunks.student_close[row, :used] = aligned.student_close
         chunks.teacher_close[row, :used] = aligned.teacher_close
 
         chunk = aligned.student_chunk
         text_bytes = np.bincount(chunk[chunk >= 0], our.text_bytes[: len(chunk)][chunk >= 0], used)
-        follows = _space_follows(our, student, aligned.student_close)
-        follows &= _space_follows(their, teacher, aligned.teacher_close)
+        follows = _space_follows(our, student.vocabulary, aligned.student_close)
+        follows &= _space_follows(their, teacher.vocabulary, aligned.teacher_close)
         chunks.text_bytes[row, :used] = text_bytes
         chunks.before_space[row, :used] = follows | (text_bytes == 0)
 

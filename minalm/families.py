@@ -19,7 +19,10 @@ from minalm.model import LinearScaling, Llama3Scaling, ModelConfig, Rope, Transf
 from minalm.text import InputError
 
 EXPANSION_BYTES = 16  # the longest original token that the input expansion looks for
-EXPANSION_TYPE = "tpu_"  # in front of a family's model_type: transformers refuses it rather than drop the expansion
+# With an expansion, a family's model_type has this in front, as that of the published byte models: without the code that
+# comes along, transformers refuses such a model rather than drop the expansion.
+EXPANSION_TYPE = "tpu_"
+MODELING = "modeling_minalm"  # that code
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class Family:
     qk_norm: Literal["head", "all"] | None = None
     qkv_bias: bool = False
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+
+    @property
+    def config_class(self) -> str:
+        """transformers' name for its settings."""
+        text = "Text" if self.model_type.endswith("_text") else ""
+        return self.architecture.removesuffix("ForCausalLM") + text + "Config"
 
 
 PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
@@ -263,6 +272,14 @@ def config_values(config: ModelConfig, dtype: Literal["bfloat16", "float32"]) ->
     raise InputError(f"no Hugging Face model type expresses this architecture: change it to one of a family ({config})")
 
 
+def informative(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config.json, what goes along to a copy of the model though nothing is computed by it."""
+    ours = ("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version")
+    return {
+        key: value for key, value in values.items() if key in HARMLESS | {"expand_input_ids_dict"} and key not in ours
+    }
+
+
 def parse_config(place: str, values: object) -> tuple[Family, ModelConfig]:
     """The family and the architecture that the values of a config.json describe; `place` is what messages call it.
 
@@ -473,6 +490,10 @@ def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.expansion_size is not None:
         values |= {
             "architectures": ["TPU" + family.architecture],
+            "auto_map": {
+                "AutoConfig": f"{MODELING}.TPU{family.config_class}",
+                "AutoModelForCausalLM": f"{MODELING}.TPU{family.architecture}",
+            },
             "model_type": EXPANSION_TYPE + family.model_type,
             "expand_input_ids": True,
             "expand_input_ids_maxlen": EXPANSION_BYTES,

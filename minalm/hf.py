@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
-from minalm.families import DTYPES, Place, abstract, config_values, from_leaves, leaves, parse_config, places
+from minalm.families import DTYPES, MODELING, Place, abstract, config_values, from_leaves, leaves, parse_config, places
 from minalm.model import ModelConfig, Transformer
 from minalm.text import InputError
 
@@ -27,7 +27,30 @@ STORED_DTYPES = {"BF16": DTYPES["bfloat16"], "F16": np.dtype(np.float16), "F32":
 
 def read_config(file: Path) -> ModelConfig:
     """The architecture that a config.json describes. Raises InputError, naming the key, for what is not implemented."""
-    return parse_config(str(file), _read_json(file))[1]
+    return parse_config(str(file), read_json(file))[1]
+
+
+def read_json(file: Path) -> Any:
+    """The value of a JSON file. Raises InputError if it is none, is missing, or gives a key twice."""
+
+    def once(pairs):
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{file} gives {twice!r} twice: keep one")
+        return result
+
+    try:
+        return json.loads(file.read_bytes(), object_pairs_hook=once)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{file} does not exist: name the folder of a Hugging Face model") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error}): make it readable") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({error}): take it from the original model") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +119,7 @@ def read(folder: Path) -> Transformer:
     Raises InputError for a folder that is incomplete, damaged, or needs what is not implemented. A tied model may hold
     its unembedding a second time, if both are equal.
     """
-    family, config = parse_config(str(folder / "config.json"), _read_json(folder / "config.json"))
+    family, config = parse_config(str(folder / "config.json"), read_json(folder / "config.json"))
     wanted, tensors = places(family, config), _tensors(folder)
     tied_twice = config.tied and "lm_head.weight" in tensors
     if tied_twice:
@@ -148,7 +171,8 @@ def save(
     tensors holds at most `shard_size` bytes of them, or a single tensor.
     `vocabulary_size` and `expansion_size` cut the rows of tables that were padded past their tokenizers. `keys` are
     further keys of config.json (ids of control tokens, max_position_embeddings), `files` further files, as bytes or as
-    the value of a JSON file. Raises InputError where the folder exists or no family expresses the architecture.
+    the value of a JSON file. With an input expansion, the code that transformers needs goes along (modeling_minalm.py).
+    Raises InputError where the folder exists or no family expresses the architecture.
     """
     if os.path.lexists(folder):
         raise InputError(f"{folder} exists already: name another folder or remove it")
@@ -163,7 +187,10 @@ def save(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
-        for name, content in {"config.json": values, **(files or {})}.items():
+        contents = {"config.json": values, **(files or {})}
+        if config.expansion_size is not None:
+            contents[f"{MODELING}.py"] = Path(__file__).with_name(f"{MODELING}.py").read_bytes()
+        for name, content in contents.items():
             (partial / name).write_bytes(content if isinstance(content, bytes) else _json(content))
         _write_tensors(partial, leaves(model), places(family, config), DTYPES[dtype], shard_size)
         partial.rename(folder)
@@ -184,7 +211,7 @@ def _tensors(folder: Path) -> dict[str, Any]:
         return _open(single)
     if not index.exists():
         raise InputError(f"{folder} has no model.safetensors: convert its weights to safetensors")
-    listed = _read_json(index)
+    listed = read_json(index)
     listed = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(listed, dict) or not all(
         isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in listed.values()
@@ -310,24 +337,3 @@ def _fetch(array: Any, place: Place) -> Shaped[np.ndarray, "..."]:
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _read_json(file: Path) -> Any:
-    def once(pairs):
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{file} gives {twice!r} twice: keep one")
-        return result
-
-    try:
-        return json.loads(file.read_bytes(), object_pairs_hook=once)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{file} does not exist: name the folder of a Hugging Face model") from error
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error}): make it readable") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}): take it from the original model") from error

@@ -3,20 +3,43 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from minalm import chat, families, hf
 from minalm.model import Transformer
+from minalm.ngrams import LongestSuffix, read_expansion, write_expansion
 from minalm.text import InputError
 from minalm.transfer import TransferPlan, transfer_rows
 from minalm.vocab import Vocabulary, load_vocabulary, prefixes
 
 # Of generation_config.json, what says how to sample; the ids in it are those of another vocabulary.
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
-EXPANSION_TOKENIZER = "expansion_tokenizer.json"  # the tokenizer whose tokens the input expansion looks up
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a model's folder says of its use, beside weights and tokenizer; it goes along into the student's."""
+
+    chat_template: str | None = None
+    max_length: int | None = None  # tokens; informative
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of generation_config.json, what is in SAMPLING
+
+
+def read_usage(folder: Path) -> Usage:
+    """What a model's folder says. Raises InputError for files that are none."""
+    length = hf.read_json(folder / "config.json").get("max_position_embeddings")
+    return Usage(read_template(folder), length, _read_sampling(folder))
+
+
+def read_template(path: Path) -> str | None:
+    """The chat template in a folder, or beside a tokenizer.json. Raises InputError."""
+    template = chat.read_chat_template(path if path.is_dir() else path.parent)
+    return None if template is None else template.source
 
 
 def student_from_teacher(
@@ -49,30 +72,33 @@ def student_from_teacher(
     return families.from_leaves(config, arrays)
 
 
+def pad_rows(model: Transformer, rows: int) -> Transformer:
+    """The model with tables of at least `rows` rows, zeros at the end, so that a mesh can divide them. Host only."""
+    arrays, size = families.leaves(model), model.config.vocab_size
+    if rows <= size:
+        return model
+    for table in ("embed", "unembed"):
+        if table in arrays:
+            arrays[table] = np.pad(arrays[table][:], ((0, rows - size), (0, 0)))
+    return families.from_leaves(dataclasses.replace(model.config, vocab_size=rows), arrays)
+
+
 def save(
     folder: Path,
     model: Transformer,
     vocabulary: Vocabulary,
-    original: Vocabulary | None,
+    ngrams: LongestSuffix | None,
     dtype: Literal["bfloat16", "float32"],
-    chat_template: str | None = None,
-    max_length: int | None = None,
-    sampling: Mapping[str, Any] | None = None,
+    usage: Usage,
 ) -> None:
-    """Writes a model and its tokenizers as a new Hugging Face folder, without rows past the vocabulary.
+    """Writes a model and its tokenizer as a new Hugging Face folder, without rows past the vocabulary.
 
-    `original` is the vocabulary of the input expansion, if the model has one. `chat_template` is written as it is: that
-    of the source where the vocabulary has the source's control tokens, else that of the tokenizer. `max_length` is in
-    tokens, and informative; `sampling` goes into generation_config.json. Raises InputError as `hf.save` does.
+    `ngrams` is the input expansion's search, if the model has one. The chat template is written as it is: it must be
+    that of the source where the vocabulary has the source's control tokens, else that of the tokenizer. Raises
+    InputError as `hf.save` does.
     """
-    if (original is None) != (model.config.expansion_size is None):
-        raise ValueError("a model has an original vocabulary if it has an input expansion")
-    files: dict[str, bytes | dict[str, Any]] = {
-        "tokenizer.json": tokenizer_json(vocabulary),
-        "tokenizer_config.json": _tokenizer_config(vocabulary, chat_template, max_length),
-    }
-    if original is not None:
-        files[EXPANSION_TOKENIZER] = tokenizer_json(original)
+    if (ngrams is None) != (model.config.expansion_size is None):
+        raise ValueError("a model has a search for original tokens if it has an input expansion")
     ids = {part: _control_ids(vocabulary, part)[:1] for part in ("bos", "eos", "end_of_turn", "end_of_chat", "pad")}
     stops = list(dict.fromkeys(ids["eos"] + ids["end_of_turn"] + ids["end_of_chat"]))  # generation ends at any of them
     keys: dict[str, Any] = {
@@ -80,47 +106,48 @@ def save(
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
         "pad_token_id": ids["pad"][0] if ids["pad"] else None,
     }
-    files["generation_config.json"] = {**keys, "eos_token_id": stops or None, **(sampling or {})}
-    if max_length is not None:
-        keys["max_position_embeddings"] = max_length
+    files = {
+        "tokenizer.json": tokenizer_json(vocabulary),
+        "tokenizer_config.json": _tokenizer_config(vocabulary, usage),
+        "generation_config.json": {**keys, "eos_token_id": stops or None, **usage.sampling},
+    }
+    if usage.max_length is not None:
+        keys["max_position_embeddings"] = usage.max_length
+    if ngrams is not None:
+        keys["expand_input_ids_dict"] = write_expansion(ngrams)
     hf.save(folder, model, dtype, vocabulary_size=vocabulary.size, keys=keys, files=files)
 
 
-def load_vocabularies(folder: Path) -> tuple[Vocabulary, Vocabulary | None]:
-    """The vocabulary of a model's folder, and that of its input expansion if it has one. Raises InputError."""
+def load_vocabularies(folder: Path) -> tuple[Vocabulary, LongestSuffix | None]:
+    """The vocabulary of a model's folder, and the search of its input expansion if it has one. Raises InputError."""
     vocabulary = load_vocabulary(folder)
     single = tuple(bytes([byte]) for byte in range(256))
-    if vocabulary.token_bytes[:256] == single and not any(vocabulary.token_bytes[256:]):
-        vocabulary = dataclasses.replace(vocabulary, tokenizer=None)  # plain bytes: no need to ask
-    original = folder / EXPANSION_TOKENIZER
-    return vocabulary, load_vocabulary(original) if original.exists() else None
+    if vocabulary.tokenizer is not None and vocabulary.token_bytes[:256] == single:
+        added = {token.content: i for i, token in vocabulary.tokenizer.get_added_tokens_decoder().items()}
+        if sorted(added.values()) == list(range(256, vocabulary.size)):
+            # Plain bytes, no need to ask. A published model has ids for words of its headers too: no text becomes one.
+            vocabulary = dataclasses.replace(vocabulary, tokenizer=None, control=added)
+    config = hf.read_config(folder / "config.json")
+    if config.expansion_size is None:
+        return vocabulary, None
+    if vocabulary.tokenizer is not None:
+        raise InputError(f"{folder}: config.json has 'expand_input_ids', but tokenizer.json reads no plain bytes")
+    values = hf.read_json(folder / "config.json").get("expand_input_ids_dict")
+    return vocabulary, read_expansion(str(folder / "config.json"), values, vocabulary.size, config.expansion_size)
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """The chat template in a model's folder: chat_template.jinja, or the default one of tokenizer_config.json."""
-    template = chat.read_chat_template(folder)
-    return None if template is None else template.source
-
-
-def read_sampling(folder: Path) -> dict[str, Any]:
-    """How to sample from the model of a folder, as its generation_config.json says. Raises InputError if it is none."""
+def _read_sampling(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    try:
-        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        found = {key: values[key] for key in SAMPLING if values.get(key) is not None}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{file} is no object in JSON: take it from the original model, or remove it") from error
+    values = hf.read_json(file) if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a JSON object: take it from the original model, or remove it")
+    found = {key: values[key] for key in SAMPLING if values.get(key) is not None}
     for key, value in found.items():
         if not isinstance(value, int | float) or isinstance(value, bool) != (key == "do_sample"):
             raise InputError(
                 f"{file}: {key} is {value!r}: write {'true or false' if key == 'do_sample' else 'a number'}"
             )
     return found
-
-
-def read_max_length(folder: Path) -> int | None:
-    """The longest text, in tokens, that the model of a folder was made for, if it says so."""
-    return json.loads((folder / "config.json").read_text("utf-8")).get("max_position_embeddings")
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -199,16 +226,20 @@ def _bytes_json() -> dict[str, Any]:
     }
 
 
-def _tokenizer_config(vocabulary: Vocabulary, chat_template: str | None, max_length: int | None) -> dict[str, Any]:
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+def _tokenizer_config(vocabulary: Vocabulary, usage: Usage) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     words = {i: word for word, i in vocabulary.control.items()}
     for part in ("bos", "eos", "pad"):
         if ids := _control_ids(vocabulary, part):
             config[f"{part}_token"] = words[ids[0]]
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    if max_length is not None:
-        config["model_max_length"] = max_length
+    if usage.chat_template is not None:
+        config["chat_template"] = usage.chat_template
+    if usage.max_length is not None:
+        config["model_max_length"] = usage.max_length
     return config
 
 

@@ -120,7 +120,8 @@ def test_only_what_is_declared_is_imported():
     package = [path for module, path in MODULES.items() if module != "modeling_minalm"]
     for path in (*package, ROOT / "train.py", ROOT / "convert.py"):
         tops = {name.split(".")[0] for name in imported(parsed(path))}
-        assert tops - sys.stdlib_module_names - {"minalm"} <= declared, path
+        known = {"minalm"} | ({"train"} if path.stem == "convert" else set())
+        assert tops - sys.stdlib_module_names - known <= declared, path
 
 
 def test_collectives_are_in_one_file():

@@ -432,7 +432,7 @@ def exported(folder: Path, ours: Vocabulary, template: str | None, sampling: dic
     config = ModelConfig(ours.size, embed=2, mlp=2, layers=1, heads=1, kv_heads=1, head_dim=2, windows=(None,))
     shapes = families.leaves(families.abstract(config))
     model = families.from_leaves(config, {leaf: np.zeros(shape.shape, np.float32) for leaf, shape in shapes.items()})
-    student.save(folder, model, ours, None, "float32", template, sampling=sampling)
+    student.save(folder, model, ours, None, "float32", student.Usage(template, sampling=sampling or {}))
     return folder
 
 
@@ -440,7 +440,7 @@ def exported(folder: Path, ours: Vocabulary, template: str | None, sampling: dic
 def test_a_byte_student_keeps_the_template(owned, tmp_path, kind):
     ours = byte_vocabulary(owned(kind))
     found, _ = student.load_vocabularies(exported(tmp_path / "student", ours, CHATS[kind]))
-    assert student.read_chat_template(tmp_path / "student") == CHATS[kind]
+    assert student.read_template(tmp_path / "student") == CHATS[kind]
     for field in ("token_bytes", "control", "template", "adds_bos"):
         assert getattr(found, field) == getattr(ours, field), field
     messages = chat("uaua", ["the", "é", "the user", "x"])
@@ -525,7 +525,8 @@ def test_generation_config(owned, tmp_path, kind, stops):
     (tmp_path / "generation_config.json").write_text(
         json.dumps({**source, "eos_token_id": 128009, "max_length": 9, "temperature": 0.7})
     )
-    sampling = student.read_sampling(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    sampling = student.read_usage(tmp_path).sampling
     assert sampling == source | {"temperature": 0.7}
     folder = exported(tmp_path / "student", ours, CHATS[kind], sampling)
     bos, pad = (ours.template[part] for part in ("bos", "pad"))
@@ -540,15 +541,16 @@ def test_generation_config(owned, tmp_path, kind, stops):
 @pytest.mark.parametrize(
     "content, message",
     (
-        ("[1]", "is no object"),
-        ("{", "is no object"),
+        ("[1]", "is not a JSON object"),
+        ("{", "is not JSON"),
         ('{"top_k": "50"}', "top_k is '50': write a number"),
         ('{"temperature": true}', "temperature is True: write a number"),
         ('{"do_sample": 1}', "do_sample is 1: write true or false"),
     ),
 )
 def test_sampling_that_is_none(tmp_path, content, message):
-    assert student.read_sampling(tmp_path) == {}
+    (tmp_path / "config.json").write_text("{}")
+    assert student.read_usage(tmp_path) == student.Usage()
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=f"generation_config.json.*{message}"):
-        student.read_sampling(tmp_path)
+        student.read_usage(tmp_path)

@@ -13,7 +13,7 @@ from small_tokenizers import vocabulary
 from tokenizers import pre_tokenizers
 
 from minalm.align import align
-from minalm.data import make_batch, read_ahead
+from minalm.data import Side, make_batch, read_ahead
 from minalm.ngrams import longest_suffix
 from minalm.text import Control, Segment
 from minalm.vocab import byte_vocabulary, load_vocabulary
@@ -21,6 +21,11 @@ from minalm.vocab import byte_vocabulary, load_vocabulary
 
 def plain(text):
     return (Segment(Control("bos")), Segment(text), Segment(Control("eos")))
+
+
+def batch_of(pieces, student, teacher, ngrams, student_length, teacher_length):
+    sides = Side(student, ngrams, student_length), Side(teacher, None, teacher_length)
+    return make_batch(pieces, sides[0], None if teacher is None else sides[1])
 
 
 def chat(question, answer):
@@ -35,7 +40,7 @@ BYTES = "bytes of gemma"
 
 def test_rows_and_targets():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    batch, left_out = make_batch(PIECES, student, teacher, longest_suffix(teacher, student), 40, 20)
+    batch, left_out = batch_of(PIECES, student, teacher, longest_suffix(teacher, student), 40, 20)
     assert left_out == 0
     for tokens, side, length in ((batch.student, student, 40), (batch.teacher, teacher, 20)):
         for row, encoding in enumerate(side.encode(PIECES)):
@@ -47,13 +52,13 @@ def test_rows_and_targets():
             assert tokens.weight[row].tolist() == weight + [0.0] * (length - len(weight))
     np.testing.assert_array_equal(batch.student.ngram, longest_suffix(teacher, student)(batch.student.inputs))
     assert batch.teacher.ngram is None
-    whole = make_batch(PIECES, student, teacher, None, 99, 99)[0]
+    whole = batch_of(PIECES, student, teacher, None, 99, 99)[0]
     assert whole.student.weight[1].sum() == 8  # " hello", end of turn, newline; the prompt does not count
 
 
 def test_chunks_belong_to_targets():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    chunks = make_batch(PIECES, student, teacher, None, 40, 20)[0].chunks
+    chunks = batch_of(PIECES, student, teacher, None, 40, 20)[0].chunks
     for row, (ours, theirs) in enumerate(zip(student.encode(PIECES), teacher.encode(PIECES), strict=True)):
         aligned = align(ours.cut(40), theirs.cut(20))
         used = len(aligned.student_close)
@@ -71,28 +76,28 @@ def test_chunks_belong_to_targets():
 
 def test_before_space_and_text_bytes():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    chunks = make_batch([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 60)[0].chunks
+    chunks = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 60)[0].chunks
     #         bos   "the"  " "    "user" "\n"*3 "model" " the" eos
     text_bytes = [0, 3, 1, 4, 3, 5, 4, 0]
     before = [True, True, False, False, False, True, False, True]
     assert chunks.text_bytes[0].tolist() == text_bytes + [0] * 52
     assert chunks.before_space[0].tolist() == before + [False] * 52
     # Where the row ends, what follows in the piece decides, not the padding.
-    cut = make_batch([plain("the user\n\n\nmodel the")], student, teacher, None, 9, 60)[0].chunks
+    cut = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 9, 60)[0].chunks
     assert cut.before_space[0].tolist() == before[:4] + [False] * 5
-    cut = make_batch([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 5)[0].chunks
+    cut = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 5)[0].chunks
     assert cut.before_space[0].tolist() == before[:5]
     # No space follows the last chunk of a piece.
-    part = make_batch([plain("the user")[:2]], student, teacher, None, 60, 60)[0].chunks
+    part = batch_of([plain("the user")[:2]], student, teacher, None, 60, 60)[0].chunks
     assert part.before_space[0, :4].tolist() == [True, True, False, False]
     # It must hold on both sides: the student's next token is "s", where the teacher's would be " s".
-    assert not make_batch([plain("ths")], student, teacher, None, 9, 9)[0].chunks.before_space[0, 1]
+    assert not batch_of([plain("ths")], student, teacher, None, 9, 9)[0].chunks.before_space[0, 1]
 
 
 def test_the_chunk_of_a_rows_first_token_has_no_targets():
     qwen, gemma = vocabulary("qwen"), vocabulary("gemma")  # Qwen starts with "the": no probability, where Gemma has one
     for student, teacher in ((qwen, gemma), (gemma, qwen)):
-        chunks = make_batch([plain("the user")], student, teacher, None, 9, 9)[0].chunks
+        chunks = batch_of([plain("the user")], student, teacher, None, 9, 9)[0].chunks
         assert not (chunks.student_chunk == 0).any() and not (chunks.teacher_chunk == 0).any()
         the = len(qwen.encode([(Segment("the"),)])[0].ids)
         assert chunks.student_close[0, 0] == (the - 1 if student is qwen else 1)
@@ -104,13 +109,13 @@ def test_what_a_side_cannot_spell_is_left_out(tmp_path):
     teacher = load_vocabulary(small.save(tmp_path / "teacher", small.byte_level(alphabet=letters), small.LLAMA))
     student = byte_vocabulary(teacher)
     pieces = [plain("the"), plain("a\U00100000b"), plain("end")]  # UTF-8: f4 80 80 80
-    batch, left_out = make_batch(pieces, student, teacher, longest_suffix(teacher, student), 20, 10)
+    batch, left_out = batch_of(pieces, student, teacher, longest_suffix(teacher, student), 20, 10)
     assert left_out == 1
     for tokens, side in ((batch.student, student), (batch.teacher, teacher)):
         assert (tokens.inputs[1] == side.pad_id).all() and (tokens.weight[1] == 0).all()
         assert (tokens.weight[[0, 2]] > 0).any(axis=1).all()
     assert (batch.chunks.student_close[1] == -1).all() and (batch.chunks.student_chunk[1] == -1).all()
-    alone = make_batch([pieces[0], pieces[2]], student, teacher, None, 20, 10)[0]
+    alone = batch_of([pieces[0], pieces[2]], student, teacher, None, 20, 10)[0]
     np.testing.assert_array_equal(batch.chunks.teacher_chunk[[0, 2]], alone.chunks.teacher_chunk)
 
 
@@ -118,7 +123,7 @@ def test_texts_are_normalised_for_both():
     pieces = [plain("caf" + "e\u0301")]
     for student, teacher in (("bytes of llama", "qwen"), ("qwen", "llama")):
         student, teacher = vocabulary(student), vocabulary(teacher)
-        batch, left_out = make_batch(pieces, student, teacher, None, 20, 20)
+        batch, left_out = batch_of(pieces, student, teacher, None, 20, 20)
         assert left_out == 0
         for tokens, side in ((batch.student, student), (batch.teacher, teacher)):
             assert side.decode(tokens.inputs[0][tokens.inputs[0] < 256 + 64]) == "caf\u00e9"
@@ -126,7 +131,7 @@ def test_texts_are_normalised_for_both():
 
 def test_without_a_teacher():
     student = vocabulary(BYTES)
-    batch, _ = make_batch(PIECES, student, None, None, 12, 99)
+    batch, _ = batch_of(PIECES, student, None, None, 12, 99)
     assert batch.teacher is None and batch.student.ngram is None
     assert batch.chunks.student_close.shape == (4, 12) and batch.chunks.teacher_chunk.shape == (4, 12)
     np.testing.assert_array_equal(batch.chunks.student_chunk, batch.chunks.teacher_chunk)
@@ -141,7 +146,7 @@ TEXTS = st.lists(st.sampled_from(["the", " ", "日本", "\n\n\n", "x", "user", "
 @settings(max_examples=100, deadline=None)
 def test_shapes_depend_on_lengths_only_and_indices_stay_inside(texts, lengths):
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    batch, _ = make_batch([plain(text) for text in texts], student, teacher, longest_suffix(teacher, student), *lengths)
+    batch, _ = batch_of([plain(text) for text in texts], student, teacher, longest_suffix(teacher, student), *lengths)
     rows, capacity = len(texts), min(lengths)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((batch.student, batch.teacher))]
     integer, real = np.dtype(np.int32), np.dtype(np.float32)
@@ -166,14 +171,14 @@ def test_shapes_depend_on_lengths_only_and_indices_stay_inside(texts, lengths):
 
 def test_a_batch_of_the_headline_runs_fits_in_2_megabytes():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    batch, _ = make_batch([plain("the user")] * 32, student, teacher, longest_suffix(teacher, student), 2048, 512)
+    batch, _ = batch_of([plain("the user")] * 32, student, teacher, longest_suffix(teacher, student), 2048, 512)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(batch)) <= 2_000_000
 
 
 def test_a_byte_student_of_a_longer_control_list():
     teacher = vocabulary("gemma")
     student = byte_vocabulary(teacher, [*teacher.template_control, "user", "model"])
-    batch, _ = make_batch([chat("user", "model")], student, teacher, longest_suffix(teacher, student), 30, 30)
+    batch, _ = batch_of([chat("user", "model")], student, teacher, longest_suffix(teacher, student), 30, 30)
     assert (batch.student.inputs == student.control["user"]).sum() == 1  # in the header only
     user = batch.student.inputs == student.control["user"]
     assert teacher.token_bytes[batch.student.ngram[user][0]] == b"user"

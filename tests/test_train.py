@@ -20,11 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 import train
 from minalm import hf
-from minalm.data import make_batch
+from minalm.data import Side, make_batch
 from minalm.evaluate import measure
 from minalm.losses import LossConfig
 from minalm.model import ModelConfig, initialize
-from minalm.ngrams import longest_suffix
 from minalm.sharding import make_mesh, place
 from minalm.stdlib_text import train_bpe
 from minalm.student import load_vocabularies
@@ -200,15 +199,13 @@ def test_outputs(finished, files):
 
 
 def test_the_folder_alone_gives_the_same_bits_per_byte(finished, files):
-    vocabulary, original = load_vocabularies(finished / "hf")
+    vocabulary, ngrams = load_vocabularies(finished / "hf")
     model, teacher = hf.load(finished / "hf", np.float32), hf.load(files.untied, np.float32)
     assert model.config.vocab_size == vocabulary.size == 258 and model.config.expansion_size == 288
     teacher_vocabulary = load_vocabulary(files.untied)
-    ngrams = longest_suffix(original, vocabulary)
+    sides = Side(vocabulary, ngrams, 64), Side(teacher_vocabulary, None, 32)
     corpus = read_corpus([files.held_out], 64)
-    batches = [
-        make_batch(corpus.batch(0, number, 4), vocabulary, teacher_vocabulary, ngrams, 64, 32)[0] for number in range(2)
-    ]
+    batches = [make_batch(corpus.batch(0, number, 4), *sides)[0] for number in range(2)]
     mesh = make_mesh(1, 1)
     entries = [train.entries_of(v, m) for v, m in ((vocabulary, model), (teacher_vocabulary, teacher))]
     placed = [place(part, mesh) for part in (model, teacher, *entries)]
@@ -287,12 +284,11 @@ def test_going_on_with_a_finished_run_writes_its_result_again(finished, files, t
 
 def test_batches_depend_on_seed_and_step_alone(files, tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path, teacher=files.untied, data=(files.data,))
-    inputs = train.load_inputs(config)
+    models = train.load_models(config)
+    training, _ = train.load_texts(config, models)
 
     def batch(seed, step):
-        return [
-            leaf.tobytes() for leaf in jax.tree.leaves(inputs.batch(config, inputs.training.batch(seed, step, 4))[0])
-        ]
+        return [leaf.tobytes() for leaf in jax.tree.leaves(models.batch(config, training.batch(seed, step, 4))[0])]
 
     assert batch(0, 3) == batch(0, 3) and batch(0, 3) != batch(0, 4) and batch(0, 3) != batch(1, 3)
 
@@ -305,8 +301,8 @@ def test_a_subword_student(files, tmp_path, kind):
     teacher = getattr(files, kind)
     run(files, tmp_path / "run", teacher=teacher, student_tokenizer=files.tokenizer, steps=1, losses__sft=0)
     student = hf.load(tmp_path / "run" / "hf", np.float32)
-    vocabulary, original = load_vocabularies(tmp_path / "run" / "hf")
-    assert original is None and vocabulary.size == student.config.vocab_size == 300
+    vocabulary, ngrams = load_vocabularies(tmp_path / "run" / "hf")
+    assert ngrams is None and vocabulary.size == student.config.vocab_size == 300
     assert student.config.tied == (kind == "tied") and student.config.expansion_size is None
     rows = lines(tmp_path / "run")
     assert [row["step"] for row in rows] == [1] and "loss/sft" not in rows[0]
