@@ -342,8 +342,8 @@ class State(eqx.Module):
     step: jax.Array
 
     def items(self) -> dict[str, Any]:
-        """What a checkpoint keeps apart, so that the student can be read without the rest."""
-        return {"student": self.student, "optimizer": self.optimizer, "step": self.step}
+        """The parts of a checkpoint: the student can be read without the rest."""
+        return {"student": self.student, "rest": {"optimizer": self.optimizer, "step": self.step}}
 
 
 class Fixed(eqx.Module):
@@ -704,7 +704,8 @@ def main(config: Config) -> None:
 
     checkpoints = config.out / "checkpoints"
     if config.resume and checkpoint.latest(checkpoints) is not None:
-        state = State(**checkpoint.restore(checkpoints, state.items()))
+        found = checkpoint.restore(checkpoints, state.items())
+        state = State(found["student"], **found["rest"])
     first = int(state.step)
     log, evaluations, samples = (
         JsonLines(config.out / f"{name}.jsonl", first) for name in ("metrics", "evaluations", "samples")
