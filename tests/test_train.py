@@ -17,6 +17,7 @@ import pytest
 import small_tokenizers as small
 import yaml
 from safetensors.numpy import load_file, save_file
+from tokenizers import pre_tokenizers
 
 import train
 from minalm import hf
@@ -339,14 +340,13 @@ def test_overwrite_replaces_a_run(stopped, finished, files, tmp_path):
 
 
 def test_texts_that_one_side_cannot_spell_are_counted(files, tmp_path, capsys):
-    # SentencePiece writes a space as U+2581, so that it cannot spell a text that holds one.
-    kind = small.sentencepiece(True)
-    small.save(tmp_path / "tokenizer", kind, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    letters = set(pre_tokenizers.ByteLevel.alphabet()) - {chr(0xF4)}  # the teacher cannot spell that byte
+    small.save(tmp_path / "tokenizer", small.byte_level(alphabet=letters), small.LLAMA)
     vocabulary = load_vocabulary(tmp_path / "tokenizer")
     config = dataclasses.replace(hf.read_config(files.tied / "config.json"), vocab_size=vocabulary.size)
     tokenizer = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
     hf.save(tmp_path / "teacher", jax.device_get(initialize(config, jax.random.key(0))), "float32", files=tokenizer)
-    texts = ["the user said", "a \u2581 b", "hello there", "the model"]
+    texts = ["the user said", "a \U00100000 b", "hello there", "the model"]  # UTF-8: f4 80 80 80
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     changes = {"teacher": tmp_path / "teacher", "data": tmp_path / "data.jsonl", "losses__latents": 0, "steps": 3}
     run(files, tmp_path / "run", **changes)
