@@ -78,7 +78,8 @@ def to_bytes(model: Model, out: Out, expansion: bool = True, dtype: Dtype = "bfl
     Args:
         expansion: input expansion: each byte also reads the embedding of the longest original token that ends there.
     """
-    folder, old, teacher = read_model(model, out)
+    refuse_existing(out)
+    folder, teacher, old, _ = read_model(model)
     new = byte_vocabulary(old)
     ngrams = longest_suffix(old, new) if expansion else None
     write(teacher, old, new, ngrams, out, tied=False, dtype=dtype, seed=seed, usage=read_usage(folder))
@@ -100,7 +101,8 @@ def to_tokenizer(
     Args:
         control: control tokens and chat template: keep the model's, or change to the tokenizer's.
     """
-    folder, old, teacher = read_model(model, out)
+    refuse_existing(out)
+    folder, teacher, old, _ = read_model(model)
     new, usage = load_vocabulary(tokenizer), read_usage(folder)
     if control == "keep":
         new = with_control(new, old)
@@ -109,14 +111,13 @@ def to_tokenizer(
     write(teacher, old, new, None, out, teacher.config.tied if tied is None else tied, dtype, seed, usage)
 
 
-def read_model(model: Path, out: Path) -> tuple[Path, Vocabulary, Transformer]:
-    """The folder, vocabulary and weights of a subword model that is to be put on another vocabulary."""
-    refuse_existing(out)
+def read_model(model: Path) -> tuple[Path, Transformer, Vocabulary, LongestSuffix | None]:
+    """A model's folder, its weights (in their files), its vocabulary, and the search of its input expansion."""
     folder = hf.find(model)
-    old, _ = load_vocabularies(folder)
-    teacher = hf.read(folder)
-    old.boundary_mask(teacher.config.vocab_size)  # raises if the tokenizer has more ids than the table has rows
-    return folder, old, teacher
+    weights = hf.read(folder)
+    vocabulary, ngrams = load_vocabularies(folder)
+    vocabulary.boundary_mask(weights.config.vocab_size)  # raises if it has more ids than the table has rows
+    return folder, weights, vocabulary, ngrams
 
 
 def write(
@@ -148,19 +149,14 @@ def export(source: Source, out: Out, step: Step = None, dtype: Dtype = "bfloat16
     """
     refuse_existing(out)
     if is_run(source):
-        config = read_run(source)
+        config = train.read_settings(source / "config.yaml")
         models = train.load_models(config)
         model = trained_student(config, models, source / "checkpoints", step)
         student.save(out, model, models.student_vocabulary, models.student_ngrams, dtype, models.usage)
     else:
         if step is not None:
             raise InputError(f"{source} is not a run, so it has no checkpoint {step}: leave out --step")
-        folder = hf.find(source)
-        model = hf.read(folder)
-        vocabulary, _ = load_vocabularies(folder)
-        vocabulary.boundary_mask(
-            model.config.vocab_size
-        )  # raises if the tokenizer has more ids than the table has rows
+        folder, model, _, _ = read_model(source)
         values = hf.read_json(folder / "config.json")
         copied = {file: (folder / file).read_bytes() for file in COPIED if (folder / file).is_file()}
         hf.save(out, model, dtype, keys=families.informative(values), files=copied)
@@ -181,7 +177,7 @@ def inspect(source: Source) -> None:
     python convert.py inspect runs/smollm2-135m-byte
     """
     if is_run(source):
-        config = read_run(source)
+        config = train.read_settings(source / "config.yaml")
         models = train.load_models(config)
         model, vocabulary, ngrams = models.student.config, models.student_vocabulary, models.student_ngrams
         line("steps", f"{checkpoint.latest(source / 'checkpoints') or 0:,} of {config.steps:,}")
@@ -189,9 +185,8 @@ def inspect(source: Source) -> None:
             bits = ", ".join(f"{side} {value:.3f}" for side, value in evaluation["bits_per_byte"].items())
             line(f"after step {evaluation['step']:,}", f"bits per byte: {bits}")
     else:
-        folder = hf.find(source)
-        vocabulary, ngrams = load_vocabularies(folder)
-        model = hf.read(folder).config
+        _, weights, vocabulary, ngrams = read_model(source)
+        model = weights.config
     for field in dataclasses.fields(model):
         line(field.name, getattr(model, field.name))
     for part, size in parts(model).items():
@@ -205,12 +200,8 @@ def inspect(source: Source) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
-
-
-def read_run(folder: Path) -> train.Config:
-    """The settings of a run. Raises InputError if they are not as train.py wrote them."""
-    return train.read_settings(folder / "config.yaml")
+    """Whether train.py wrote the folder, or something that may be taken for it: a model may come with a config.yaml."""
+    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------

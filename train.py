@@ -620,7 +620,7 @@ def _typed(kind: Any, value: Any) -> Any:
         raise TypeError(f"{value!r} is not of {kind}")
     if kind is Path:
         return Path(value)
-    if not isinstance(value, (int, float) if kind is float else kind):
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{value!r} is not of {kind}")
     return value
 
