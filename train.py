@@ -448,6 +448,33 @@ def learning_rate(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
+def initial_state(optimizer: optax.GradientTransformation, student: Transformer, mesh: Mesh) -> State:
+    """The state before the first step; the optimiser's moments lie on the mesh as the parameters they belong to do."""
+    layout = optax.tree_map_params(
+        optimizer,
+        lambda _, spec: spec,
+        jax.eval_shape(optimizer.init, student),
+        specs(student, mesh),
+        transform_non_params=lambda _: P(),
+    )
+    return State(
+        student=student,
+        optimizer=jax.jit(optimizer.init, out_shardings=shardings(layout, mesh))(student),
+        step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
+    )
+
+
+def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """The metrics of a step on the host. Raises InputError if one is not finite."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not np.isfinite(list(values.values())).all():
+        raise InputError(
+            f"step {step} gave numbers that are not finite ({values}): "
+            "start again with a lower --learning-rate or with --clip-norm"
+        )
+    return values
+
+
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
@@ -544,6 +571,17 @@ def check_hidden_states(config: Config, student: ModelConfig, teacher: ModelConf
                 f"latents compares hidden states, but {name} is {ours} in {config.student} and {theirs} in "
                 f"{config.teacher}: give --losses.latents 0"
             )
+
+
+def make_run_mesh(config: Config) -> Mesh:
+    """The mesh of a run. Raises InputError if there are too few devices, or if it does not divide the batch."""
+    fsdp, tp = config.mesh.fsdp, config.mesh.tp
+    if fsdp is None:
+        fsdp = math.gcd(config.batch_size, max(1, jax.device_count() // max(1, tp)))
+    mesh = make_mesh(fsdp, tp)
+    if config.batch_size % fsdp:
+        raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
+    return mesh
 
 
 def load_texts(config: Config, models: Models) -> tuple[Corpus, Corpus | None]:
@@ -689,12 +727,7 @@ def main(config: Config) -> None:
     # 1. Everything that can be wrong is found here, before anything is written.
     config.check()
     check_folder(config)
-    fsdp, tp = config.mesh.fsdp, config.mesh.tp
-    if fsdp is None:
-        fsdp = math.gcd(config.batch_size, max(1, jax.device_count() // max(1, tp)))
-    mesh = make_mesh(fsdp, tp)
-    if config.batch_size % fsdp:
-        raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
+    mesh = make_run_mesh(config)
     models = load_models(config)
     training, held_out = load_texts(config, models)
     specs((models.student, models.teacher), mesh)  # raises if the mesh does not divide a parameter
@@ -712,18 +745,7 @@ def main(config: Config) -> None:
         teacher_entries=place(models.teacher_entries, mesh),
     )
     optimizer, schedule = make_optimizer(config), learning_rate(config)
-    optimizer_layout = optax.tree_map_params(
-        optimizer,
-        lambda _, spec: spec,
-        jax.eval_shape(optimizer.init, student),
-        specs(student, mesh),
-        transform_non_params=lambda _: P(),
-    )
-    state = State(
-        student=student,
-        optimizer=jax.jit(optimizer.init, out_shardings=shardings(optimizer_layout, mesh))(student),
-        step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
-    )
+    state = initial_state(optimizer, student, mesh)
     step_function = jax.jit(functools.partial(train_step, config, optimizer, mesh), donate_argnums=0)
 
     # 3. Batches are a function of (seed, step).
@@ -741,7 +763,7 @@ def main(config: Config) -> None:
     log, evaluations, samples = (
         JsonLines(config.out / f"{name}.jsonl", first) for name in ("metrics", "evaluations", "samples")
     )
-    before = log.rows[-1] if log.rows else {"seconds": 0.0, "dropped": 0}
+    before = {"seconds": 0.0, "dropped": 0} | (log.rows[-1] if log.rows else {})
     began = time.monotonic()
 
     def seconds() -> float:
@@ -788,14 +810,8 @@ def main(config: Config) -> None:
     def is_saved(step: int) -> bool:
         return step % config.save_interval == 0 or step == config.steps
 
-    def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not np.isfinite(list(values.values())).all():
-            raise InputError(
-                f"step {step} gave numbers that are not finite ({values}): "
-                "start again with a lower --learning-rate or with --clip-norm"
-            )
-        return values
+    def is_evaluated(step: int) -> bool:
+        return config.evaluation_interval is not None and step % config.evaluation_interval == 0
 
     with report.progress_bar() as bar:
         task = bar.add_task("compiling", total=config.steps, completed=first)
@@ -814,11 +830,10 @@ def main(config: Config) -> None:
             if pending is not None:
                 record(*pending)
             pending = step + 1, metrics, dropped
-            is_evaluated = config.evaluation_interval is not None and (step + 1) % config.evaluation_interval == 0
-            if is_saved(step + 1) or is_evaluated:  # what is saved or evaluated was found to be good before
+            if is_saved(step + 1) or is_evaluated(step + 1):  # not before its numbers were found to be good
                 record(*pending)
                 pending = None
-            if is_evaluated:
+            if is_evaluated(step + 1):
                 evaluate(step + 1, state)
             if is_saved(step + 1):  # last, so that a run that goes on from here has all rows up to here
                 checkpoint.save(checkpoints, step + 1, state.items())
@@ -831,11 +846,7 @@ def main(config: Config) -> None:
     save(config.out / "hf", model, models.student_vocabulary, models.student_ngrams, config.compute_dtype, models.usage)
     evaluate(config.steps, state)
     show_samples(config.steps, state)
-    bits, agreement = {"teacher": None}, {}
-    for name, step in (("student_start", 0), ("student_end", config.steps)):
-        found = next(iter(evaluations.at(step)), {"bits_per_byte": {}, "agreement": None})
-        bits[name], agreement[name] = found["bits_per_byte"].get("student"), found["agreement"]
-        bits["teacher"] = found["bits_per_byte"].get("teacher", bits["teacher"])
+    bits, agreement = ends(evaluations, config.steps)
     if held_out is not None:
         report.show_results(bits, agreement)
     if dropped:
@@ -843,6 +854,16 @@ def main(config: Config) -> None:
     summary = {"bits_per_byte": bits, "agreement": agreement, "steps": config.steps, "seconds": trained}
     (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.console.print(f"The student is in {config.out / 'hf'}, the numbers are in {config.out / 'summary.json'}.")
+
+
+def ends(evaluations: JsonLines, last: int) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Bits per byte and agreement before and after the run; None where nothing was evaluated."""
+    bits, agreement = {"teacher": None}, {}
+    for name, step in (("student_start", 0), ("student_end", last)):
+        for row in evaluations.at(step) or [{"bits_per_byte": {}, "agreement": None}]:
+            bits[name], agreement[name] = row["bits_per_byte"].get("student"), row["agreement"]
+            bits["teacher"] = row["bits_per_byte"].get("teacher")
+    return bits, agreement
 
 
 def continue_texts(
