@@ -1,28 +1,32 @@
-"""Models of Hugging Face: onto bytes, onto another tokenizer, out of a training run, or looked at.
+"""Puts a language model on bytes or another tokenizer, or exports a trained one.
 
-    python convert.py bytes gemma-2-2b-it gemma-2-2b-it-bytes
+    python convert.py bytes google/gemma-2-2b-it gemma-2-2b-it-bytes
     python convert.py tokenizer Llama-3.2-3B-Instruct qwen/tokenizer.json llama-qwen
     python convert.py export runs/smollm2-135m-byte smollm2-bytes
     python convert.py inspect smollm2-bytes
 
-MODEL is a folder (config.json, *.safetensors, tokenizer.json) or a name on the Hugging Face hub (org/name). What `bytes`
-and `tokenizer` write is where training starts: a model that has not been trained on its new vocabulary yet. What `export`
-writes loads in transformers. `python convert.py VERB --help` explains a verb.
+A model is a Hugging Face folder (config.json, *.safetensors, tokenizer.json),
+  or the name of one on the Hugging Face hub: org/name.
+
+* bytes, tokenizer: a model whose tables fit the new vocabulary, not trained on
+  it yet. train.py does this by itself and trains; use them to look at a start.
+* export: what train.py has trained, as a folder that transformers loads.
+* inspect: sizes and vocabulary of a model, progress of a run.
+
+`python convert.py VERB --help` explains a verb.
 """
 
 import dataclasses
-import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 import train
 from minalm import checkpoint, families, hf, student
@@ -33,52 +37,72 @@ from minalm.text import InputError
 from minalm.transfer import TransferPlan, plan_transfer
 from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
 
-Dtype = Literal["bfloat16", "float32"]
+# Arguments as the help names them. Of a docstring, tyro joins the lines that begin with a letter.
+Model = Positional[
+    Annotated[Path, arg(metavar="MODEL", help="a Hugging Face folder, or a name on its hub (org/name).")]
+]
+Source = Positional[
+    Annotated[
+        Path, arg(metavar="SOURCE", help="a run (--out of train.py), a Hugging Face folder, or a name on its hub.")
+    ]
+]
+Tokenizer = Positional[Annotated[Path, arg(metavar="TOKENIZER", help="a tokenizer.json, or a folder that holds one.")]]
+Out = Positional[Annotated[Path, arg(metavar="OUT", help="the folder to write; it must not exist.")]]
+Dtype = Annotated[Literal["bfloat16", "float32"], arg(help="how the weights are stored.")]
+Seed = Annotated[int, arg(help="of the random rows of tokens that the original vocabulary has nothing for (rare).")]
+Tied = Annotated[
+    bool | None,
+    arg(
+        help="whether the output table is the input table.",
+        help_behavior_hint="(default: as in the model)",
+    ),
+]
+Step = Annotated[
+    int | None,
+    arg(
+        metavar="STEP",
+        help="of a run: the checkpoint after so many steps.",
+        help_behavior_hint="(default: the newest)",
+    ),
+]
 # Files of a model that go along as they are when it is written again. No code: what transformers needs is our own.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 COPIED += ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
-def to_bytes(
-    model: Positional[Path], out: Positional[Path], expansion: bool = True, dtype: Dtype = "bfloat16", seed: int = 0
-) -> None:
-    """Puts a model on the byte vocabulary: 256 bytes and the control tokens of its chat template.
+def to_bytes(model: Model, out: Out, expansion: bool = True, dtype: Dtype = "bfloat16", seed: Seed = 0) -> None:
+    """Puts a model on bytes: 256 of them, and its own control tokens.
+
+    python convert.py bytes google/gemma-2-2b-it gemma-2-2b-it-bytes
 
     Args:
-        model: its Hugging Face folder, or its name on the hub as org/name.
-        out: the folder to write; it must not exist.
-        expansion: add the embedding of the longest original token that ends at each byte to the byte's own.
-        dtype: how the weights are stored.
-        seed: of the rows that the original vocabulary has nothing for.
+        expansion: input expansion: each byte also reads the embedding of the longest original token that ends there.
     """
-    folder, old, teacher = source(model, out)
+    refuse_existing(out)
+    folder, teacher, old, _ = read_model(model)
     new = byte_vocabulary(old)
     ngrams = longest_suffix(old, new) if expansion else None
     write(teacher, old, new, ngrams, out, tied=False, dtype=dtype, seed=seed, usage=read_usage(folder))
 
 
 def to_tokenizer(
-    model: Positional[Path],
-    tokenizer: Positional[Path],
-    out: Positional[Path],
+    model: Model,
+    tokenizer: Tokenizer,
+    out: Out,
     control: Literal["keep", "change"] = "keep",
-    tied: bool | None = None,
+    tied: Tied = None,
     dtype: Dtype = "bfloat16",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Puts a model on another tokenizer.
 
+    python convert.py tokenizer meta-llama/Llama-3.2-3B-Instruct qwen3 llama-qwen
+
     Args:
-        model: its Hugging Face folder, or its name on the hub as org/name.
-        tokenizer: a tokenizer.json, or a folder that holds one.
-        out: the folder to write; it must not exist.
-        control: control tokens and chat template: keep the model's (they are added to the tokenizer), or change to the
-            tokenizer's own.
-        tied: whether the output table is the input table. Default: as it is in the model.
-        dtype: how the weights are stored.
-        seed: of the rows that the original vocabulary has nothing for.
+        control: control tokens and chat template: keep the model's, or change to the tokenizer's.
     """
-    folder, old, teacher = source(model, out)
+    refuse_existing(out)
+    folder, teacher, old, _ = read_model(model)
     new, usage = load_vocabulary(tokenizer), read_usage(folder)
     if control == "keep":
         new = with_control(new, old)
@@ -87,14 +111,13 @@ def to_tokenizer(
     write(teacher, old, new, None, out, teacher.config.tied if tied is None else tied, dtype, seed, usage)
 
 
-def source(model: Path, out: Path) -> tuple[Path, Vocabulary, Transformer]:
-    """The folder, vocabulary and weights of a subword model that is to be put on another vocabulary."""
-    refuse_existing(out)
+def read_model(model: Path) -> tuple[Path, Transformer, Vocabulary, LongestSuffix | None]:
+    """A model's folder, its weights (in their files), its vocabulary, and the search of its input expansion."""
     folder = hf.find(model)
-    old, _ = load_vocabularies(folder)
-    teacher = hf.read(folder)
-    old.boundary_mask(teacher.config.vocab_size)  # raises if the tokenizer has more ids than the table has rows
-    return folder, old, teacher
+    weights = hf.read(folder)
+    vocabulary, ngrams = load_vocabularies(folder)
+    vocabulary.boundary_mask(weights.config.vocab_size)  # raises if it has more ids than the table has rows
+    return folder, weights, vocabulary, ngrams
 
 
 def write(
@@ -117,29 +140,23 @@ def write(
     print(f"written to  {out}")
 
 
-def export(source: Positional[Path], out: Positional[Path], step: int | None = None, dtype: Dtype = "bfloat16") -> None:
-    """Writes the student of a training run, or a model as it is, as a Hugging Face folder that transformers loads.
+def export(source: Source, out: Out, step: Step = None, dtype: Dtype = "bfloat16") -> None:
+    """Writes the model that a run has trained as a folder for transformers.
 
-    A byte model with an input expansion (a published one too) gets the code that transformers needs to run it.
+    python convert.py export runs/smollm2-135m-byte smollm2-bytes --step 160
 
-    Args:
-        source: the folder of a run (--out of train.py), the folder of a model, or a name on the hub as org/name.
-        out: the folder to write; it must not exist.
-        step: of a run: which checkpoint. Default: the newest.
-        dtype: how the weights are stored.
+    A byte model, published ones too, gets the code that transformers needs.
     """
     refuse_existing(out)
     if is_run(source):
-        config = read_run(source)
+        config = train.read_settings(source / "config.yaml")
         models = train.load_models(config)
         model = trained_student(config, models, source / "checkpoints", step)
         student.save(out, model, models.student_vocabulary, models.student_ngrams, dtype, models.usage)
     else:
         if step is not None:
             raise InputError(f"{source} is not a run, so it has no checkpoint {step}: leave out --step")
-        folder = hf.find(source)
-        model = hf.read(folder)
-        load_vocabularies(folder)  # raises if they do not fit
+        folder, model, _, _ = read_model(source)
         values = hf.read_json(folder / "config.json")
         copied = {file: (folder / file).read_bytes() for file in COPIED if (folder / file).is_file()}
         hf.save(out, model, dtype, keys=families.informative(values), files=copied)
@@ -154,24 +171,22 @@ def trained_student(config: train.Config, models: train.Models, checkpoints: Pat
     return eqx.combine(checkpoint.restore(checkpoints, {"student": like}, step)["student"], frozen)
 
 
-def inspect(source: Positional[Path]) -> None:
-    """Prints a model's architecture, sizes and vocabulary without reading its weights; of a run, how far it came too.
+def inspect(source: Source) -> None:
+    """Prints a model's sizes and vocabulary, and how far a run has come.
 
-    Args:
-        source: the folder of a run or of a model, or a name on the hub as org/name.
+    python convert.py inspect runs/smollm2-135m-byte
     """
     if is_run(source):
-        config = read_run(source)
+        config = train.read_settings(source / "config.yaml")
         models = train.load_models(config)
         model, vocabulary, ngrams = models.student.config, models.student_vocabulary, models.student_ngrams
         line("steps", f"{checkpoint.latest(source / 'checkpoints') or 0:,} of {config.steps:,}")
-        for evaluation in read_lines(source / "evaluations.jsonl"):
+        for evaluation in train.read_rows(source / "evaluations.jsonl"):
             bits = ", ".join(f"{side} {value:.3f}" for side, value in evaluation["bits_per_byte"].items())
             line(f"after step {evaluation['step']:,}", f"bits per byte: {bits}")
     else:
-        folder = hf.find(source)
-        vocabulary, ngrams = load_vocabularies(folder)
-        model = hf.read(folder).config
+        _, weights, vocabulary, ngrams = read_model(source)
+        model = weights.config
     for field in dataclasses.fields(model):
         line(field.name, getattr(model, field.name))
     for part, size in parts(model).items():
@@ -185,17 +200,8 @@ def inspect(source: Positional[Path]) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
-
-
-def read_run(folder: Path) -> train.Config:
-    """The settings of a run. Raises InputError if they are not as train.py wrote them."""
-    return train.read_settings(folder / "config.yaml")
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
+    """Whether train.py wrote the folder, or something that may be taken for it: a model may come with a config.yaml."""
+    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------
@@ -235,14 +241,8 @@ def refuse_existing(out: Path) -> None:
 
 def main() -> None:
     verbs = {"bytes": to_bytes, "tokenizer": to_tokenizer, "export": export, "inspect": inspect}
-    try:
-        tyro.extras.subcommand_cli_from_dict(verbs, description=__doc__)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(
-            f"error: {error.filename or 'the system'}: {error.strerror or error}: make it possible and start again"
-        )
+    with train.one_sentence():
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="convert.py", description=__doc__)
 
 
 if __name__ == "__main__":

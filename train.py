@@ -8,6 +8,7 @@
 Read it from top to bottom: the settings, the step, the run. The arithmetic is in minalm/ (see ARCHITECTURE.md).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,7 +77,13 @@ LOWEST = {  # the smallest value that makes sense; a row of one token has nothin
 MAY_CHANGE = (  # at a --resume
     *("resume", "overwrite", "out", "mesh", "log_interval", "save_interval", "evaluation_interval", "samples"),
 )
-OF_A_NEW_STUDENT = ("student_tokenizer", "control", "tied", "student_weights", "expansion", "architecture")
+OF_A_NEW_STUDENT = (
+    "student_tokenizer",
+    "control",
+    "tied",
+    "student_weights",
+    "expansion",
+)  # settings that --student excludes
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -103,8 +111,8 @@ class Config:
     """Updates of the student; the learning rate falls to 0 at the last."""
 
     teacher: Path | None = None
-    """Hugging Face folder of the teacher, or its name on the hub as org/name; the student starts from it too. Without one
-    only sft is possible."""
+    """Hugging Face folder of the teacher, or its name on the hub as org/name; the student starts from it too. Without
+    one only sft is possible."""
     student: Path | None = None
     """Start from this model instead, with its own tokenizer: a byte student of an earlier run, or a published one."""
     student_tokenizer: Literal["bytes"] | Path = "bytes"
@@ -143,7 +151,6 @@ class Config:
     """Rows of held-out text that are evaluated."""
     evaluation_skip: int = 0
     """Rows of held-out text before those (to choose settings on other text than the final numbers come from)."""
-
     evaluation_interval: int | None = None
     """Steps between evaluations, beside those at both ends. Default: none."""
 
@@ -198,9 +205,9 @@ class Config:
             raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite removes it: choose one")
-        if self.teacher is not None and self.architecture is not None:
+        if self.architecture is not None and (self.teacher is not None or self.student is not None):
             raise InputError(
-                "this preset pretrains an architecture of its own: use another one to start from --teacher"
+                "this preset pretrains an architecture of its own: use another with --teacher or --student"
             )
         if self.teacher is None:
             if self.losses.needs_teacher:
@@ -210,14 +217,16 @@ class Config:
             if self.student_tokenizer == "bytes" and self.student is None:
                 raise InputError("without a teacher there is no tokenizer: name one with --student-tokenizer")
         if self.student is not None:
-            own = {f.name: f.default for f in dataclasses.fields(Config) if f.name in OF_A_NEW_STUDENT}
-            for name, default in own.items():
-                if getattr(self, name) != default:
-                    raise InputError(f"--student brings its own tokenizer and tables: leave out {_flag(name)}")
+            for name in OF_A_NEW_STUDENT:
+                if getattr(self, name) != getattr(Config, name):  # the default
+                    flag = "--no-expansion" if name == "expansion" else _flag(name)
+                    raise InputError(f"--student brings its own tokenizer and tables: leave out {flag}")
         elif self.student_tokenizer == "bytes":
-            for name, default in (("control", "keep"), ("tied", None)):
-                if getattr(self, name) not in (default, False):
-                    raise InputError(f"{_flag(name)} is not for bytes: give --student-tokenizer, or leave it out")
+            for name, value in (("control", "change"), ("tied", True)):
+                if getattr(self, name) == value:
+                    raise InputError(
+                        f"{_flag(name)} {value} is not for bytes: give --student-tokenizer, or leave it out"
+                    )
 
 
 def _flag(name: str) -> str:
@@ -257,6 +266,7 @@ HEADLINE = dict(  # what both published byte models were trained with, written o
     mesh=MeshConfig(fsdp=4, tp=4),
     remat="dots",
 )
+FROM_THE_HUB = " Needs --data; the teacher is the hub's unless --teacher names a folder."
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
         "A small subword model becomes byte-level on the text of Python's own library: minutes on 2 CPU cores.",
@@ -305,15 +315,15 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "gemma2-2b-it-byte": (
-        "Gemma 2 2B IT becomes byte-level, as published. Needs --data; --teacher names a folder, or else the hub is asked.",
+        "Gemma 2 2B IT becomes byte-level, as published." + FROM_THE_HUB,
         Config(out=Path("runs/gemma2-2b-it-byte"), teacher=Path("google/gemma-2-2b-it"), **HEADLINE),
     ),
     "llama3.2-3b-it-byte": (
-        "Llama 3.2 3B Instruct becomes byte-level, as published. Needs --data; --teacher names a folder, or else the hub is asked.",
+        "Llama 3.2 3B Instruct becomes byte-level, as published." + FROM_THE_HUB,
         Config(out=Path("runs/llama3.2-3b-it-byte"), teacher=Path("meta-llama/Llama-3.2-3B-Instruct"), **HEADLINE),
     ),
     "smollm2-135m-byte": (
-        "SmolLM2 135M Instruct becomes byte-level on one device. Needs --data; --teacher names a folder, or else the hub is asked.",
+        "SmolLM2 135M Instruct becomes byte-level on one device." + FROM_THE_HUB,
         Config(
             out=Path("runs/smollm2-135m-byte"),
             teacher=Path("HuggingFaceTB/SmolLM2-135M-Instruct"),
@@ -438,6 +448,33 @@ def learning_rate(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
+def initial_state(optimizer: optax.GradientTransformation, student: Transformer, mesh: Mesh) -> State:
+    """The state before the first step; the optimiser's moments lie on the mesh as the parameters they belong to do."""
+    layout = optax.tree_map_params(
+        optimizer,
+        lambda _, spec: spec,
+        jax.eval_shape(optimizer.init, student),
+        specs(student, mesh),
+        transform_non_params=lambda _: P(),
+    )
+    return State(
+        student=student,
+        optimizer=jax.jit(optimizer.init, out_shardings=shardings(layout, mesh))(student),
+        step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
+    )
+
+
+def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """The metrics of a step on the host. Raises InputError if one is not finite."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not np.isfinite(list(values.values())).all():
+        raise InputError(
+            f"step {step} gave numbers that are not finite ({values}): "
+            "start again with a lower --learning-rate or with --clip-norm"
+        )
+    return values
+
+
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +519,7 @@ def load_models(config: Config) -> Models:
         folder = hf.find(config.student)
         vocabulary, student_ngrams = load_vocabularies(folder)
         student, usage = hf.read(folder), read_usage(folder)
+        entries_of(vocabulary, student)  # raises if the tokenizer has more ids than the tables have rows
     elif config.student_tokenizer == "bytes":
         vocabulary = byte_vocabulary(teacher_vocabulary)
         if config.expansion:
@@ -507,9 +545,9 @@ def load_models(config: Config) -> Models:
     else:
         student = initialize(config.architecture, jax.random.key(config.seed))
     if student.config.layers < 2:
-        raise InputError(
-            f"{config.student or config.teacher} has one layer: use a model of at least two, the last of which stands apart"
-        )
+        raise InputError(f"{config.student or config.teacher} has one layer: use a model of at least two")
+    if config.losses.latents:
+        check_hidden_states(config, student.config, teacher.config)
     tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
     return Models(
         student_vocabulary=vocabulary,
@@ -522,6 +560,28 @@ def load_models(config: Config) -> Models:
         teacher_entries=teacher_entries,
         usage=dataclasses.replace(usage, max_length=usage.max_length or config.student_length),
     )
+
+
+def check_hidden_states(config: Config, student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises InputError unless the hidden states that the latents loss compares are of one shape."""
+    for name, compared in (("embed", True), ("layers", config.losses.latents_layers == "all")):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if compared and ours != theirs:
+            raise InputError(
+                f"latents compares hidden states, but {name} is {ours} in {config.student} and {theirs} in "
+                f"{config.teacher}: give --losses.latents 0"
+            )
+
+
+def make_run_mesh(config: Config) -> Mesh:
+    """The mesh of a run. Raises InputError if there are too few devices, or if it does not divide the batch."""
+    fsdp, tp = config.mesh.fsdp, config.mesh.tp
+    if fsdp is None:
+        fsdp = math.gcd(config.batch_size, max(1, jax.device_count() // max(1, tp)))
+    mesh = make_mesh(fsdp, tp)
+    if config.batch_size % fsdp:
+        raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
+    return mesh
 
 
 def load_texts(config: Config, models: Models) -> tuple[Corpus, Corpus | None]:
@@ -571,8 +631,10 @@ def read_settings(file: Path) -> Config:
     """The settings that a config.yaml holds. Raises InputError if it is not as `start_folder` wrote it."""
     try:
         return _typed(Config, yaml.safe_load(file.read_text("utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{file} is not as this program wrote it: start again under another --out") from error
+    except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{file} does not hold the settings of a run as this program writes them: name another folder"
+        ) from error
 
 
 def _typed(kind: Any, value: Any) -> Any:
@@ -596,7 +658,7 @@ def _typed(kind: Any, value: Any) -> Any:
         raise TypeError(f"{value!r} is not of {kind}")
     if kind is Path:
         return Path(value)
-    if not isinstance(value, (int, float) if kind is float else kind):
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{value!r} is not of {kind}")
     return value
 
@@ -607,11 +669,8 @@ def check_folder(config: Config) -> None:
     if config.resume:
         if not file.exists():
             raise InputError(f"there is no run in {out} to go on with: start it without --resume")
-        try:
-            before = flat(yaml.safe_load(file.read_text("utf-8")))
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-            raise InputError(f"{file} is not as this program wrote it: start again under another --out") from error
-        for name, value in flat(plain(config)).items():
+        before, now = (flat(plain(settings)) for settings in (read_settings(file), config))
+        for name, value in now.items():
             if name.split(".")[0] not in MAY_CHANGE and value != before.get(name):
                 raise InputError(
                     f"{_flag(name)} is {value} but the run in {out} has {before.get(name)}: "
@@ -630,7 +689,19 @@ def start_folder(config: Config) -> None:
     shutil.rmtree(config.out, ignore_errors=True)
     config.out.mkdir(parents=True)
     settings = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-    (config.out / "config.yaml").write_text(settings)
+    (config.out / "config.yaml").write_text(settings, "utf-8")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file that JsonLines wrote, none if there is no file. Raises InputError for another file."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may have been cut off
+    except ValueError:
+        rows = [None]
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        raise InputError(f"{file} is not as this program wrote it: remove it, or name another folder")
+    return rows
 
 
 class JsonLines:
@@ -638,9 +709,7 @@ class JsonLines:
     checkpoint, after `step` steps."""
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
-        self.path, self.rows = path, [row for row in whole if row["step"] <= step]
+        self.path, self.rows = path, [row for row in read_rows(path) if row["step"] <= step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         partial.replace(path)
@@ -658,12 +727,7 @@ def main(config: Config) -> None:
     # 1. Everything that can be wrong is found here, before anything is written.
     config.check()
     check_folder(config)
-    fsdp, tp = config.mesh.fsdp, config.mesh.tp
-    if fsdp is None:
-        fsdp = math.gcd(config.batch_size, max(1, jax.device_count() // max(1, tp)))
-    mesh = make_mesh(fsdp, tp)
-    if config.batch_size % fsdp:
-        raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
+    mesh = make_run_mesh(config)
     models = load_models(config)
     training, held_out = load_texts(config, models)
     specs((models.student, models.teacher), mesh)  # raises if the mesh does not divide a parameter
@@ -681,18 +745,7 @@ def main(config: Config) -> None:
         teacher_entries=place(models.teacher_entries, mesh),
     )
     optimizer, schedule = make_optimizer(config), learning_rate(config)
-    optimizer_layout = optax.tree_map_params(
-        optimizer,
-        lambda _, spec: spec,
-        jax.eval_shape(optimizer.init, student),
-        specs(student, mesh),
-        transform_non_params=lambda _: P(),
-    )
-    state = State(
-        student=student,
-        optimizer=jax.jit(optimizer.init, out_shardings=shardings(optimizer_layout, mesh))(student),
-        step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
-    )
+    state = initial_state(optimizer, student, mesh)
     step_function = jax.jit(functools.partial(train_step, config, optimizer, mesh), donate_argnums=0)
 
     # 3. Batches are a function of (seed, step).
@@ -710,7 +763,7 @@ def main(config: Config) -> None:
     log, evaluations, samples = (
         JsonLines(config.out / f"{name}.jsonl", first) for name in ("metrics", "evaluations", "samples")
     )
-    before = log.rows[-1] if log.rows else {"seconds": 0.0, "dropped": 0}
+    before = {"seconds": 0.0, "dropped": 0} | (log.rows[-1] if log.rows else {})
     began = time.monotonic()
 
     def seconds() -> float:
@@ -757,14 +810,8 @@ def main(config: Config) -> None:
     def is_saved(step: int) -> bool:
         return step % config.save_interval == 0 or step == config.steps
 
-    def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not np.isfinite(list(values.values())).all():
-            raise InputError(
-                f"step {step} gave numbers that are not finite ({values}): "
-                "start again with a lower --learning-rate or with --clip-norm"
-            )
-        return values
+    def is_evaluated(step: int) -> bool:
+        return config.evaluation_interval is not None and step % config.evaluation_interval == 0
 
     with report.progress_bar() as bar:
         task = bar.add_task("compiling", total=config.steps, completed=first)
@@ -783,12 +830,13 @@ def main(config: Config) -> None:
             if pending is not None:
                 record(*pending)
             pending = step + 1, metrics, dropped
-            if is_saved(step + 1):  # a state is saved after it was found to be good, and after its line was written
+            if is_saved(step + 1) or is_evaluated(step + 1):  # not before its numbers were found to be good
                 record(*pending)
                 pending = None
-                checkpoint.save(checkpoints, step + 1, state.items())
-            if config.evaluation_interval is not None and (step + 1) % config.evaluation_interval == 0:
+            if is_evaluated(step + 1):
                 evaluate(step + 1, state)
+            if is_saved(step + 1):  # last, so that a run that goes on from here has all rows up to here
+                checkpoint.save(checkpoints, step + 1, state.items())
     batches.close()
     trained = seconds()
 
@@ -798,19 +846,24 @@ def main(config: Config) -> None:
     save(config.out / "hf", model, models.student_vocabulary, models.student_ngrams, config.compute_dtype, models.usage)
     evaluate(config.steps, state)
     show_samples(config.steps, state)
-    start, end = (evaluations.at(step)[0] if evaluations.rows else None for step in (0, config.steps))
-    bits = {"teacher": None, "student_start": None, "student_end": None}
-    agreement = {"student_start": None, "student_end": None}
-    if start is not None:
-        bits = {"teacher": start["bits_per_byte"].get("teacher")}
-        bits |= {f"student_{name}": row["bits_per_byte"]["student"] for name, row in (("start", start), ("end", end))}
-        agreement = {"student_start": start["agreement"], "student_end": end["agreement"]}
+    bits, agreement = ends(evaluations, config.steps)
+    if held_out is not None:
         report.show_results(bits, agreement)
     if dropped:
         report.console.print(f"{dropped} texts were left out: the two tokenizers do not spell them alike.")
     summary = {"bits_per_byte": bits, "agreement": agreement, "steps": config.steps, "seconds": trained}
     (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.console.print(f"The student is in {config.out / 'hf'}, the numbers are in {config.out / 'summary.json'}.")
+
+
+def ends(evaluations: JsonLines, last: int) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Bits per byte and agreement before and after the run; None where nothing was evaluated."""
+    bits, agreement = {"teacher": None}, {}
+    for name, step in (("student_start", 0), ("student_end", last)):
+        for row in evaluations.at(step) or [{"bits_per_byte": {}, "agreement": None}]:
+            bits[name], agreement[name] = row["bits_per_byte"].get("student"), row["agreement"]
+            bits["teacher"] = row["bits_per_byte"].get("teacher")
+    return bits, agreement
 
 
 def continue_texts(
@@ -837,18 +890,26 @@ def continue_texts(
     return texts, [vocabulary.decode(ids) for ids in continued]
 
 
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Bad input, or a system that refuses, ends the program with one sentence on stderr and exit code 1."""
+    try:
+        yield
+    except InputError as error:
+        sentence = str(error)
+    except OSError as error:
+        sentence = f"{error.filename or 'the system'}: {error.strerror or error}: make it possible and start again"
+    else:
+        return
+    sys.exit(f"error: {' '.join(sentence.splitlines())}")
+
+
 def cli(arguments: list[str]) -> None:
     """`quickstart` is meant where no preset is named. Bad input ends the program with one sentence."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["quickstart", *arguments]
-    try:
+    with one_sentence():
         main(tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog="train.py", description=__doc__))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(
-            f"error: {error.filename or 'the system'}: {error.strerror or error}: make it possible and start again"
-        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ KEPT = 2  # checkpoints kept, the newest
 def _manager(folder: Path):
     import orbax.checkpoint as ocp  # a second of import time that --help need not pay
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=False, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
@@ -26,6 +26,7 @@ def save(folder: Path, step: int, items: Mapping[str, PyTree]) -> None:
     """Writes the state after `step` steps; a checkpoint not written to the end does not exist for `restore`."""
     import orbax.checkpoint as ocp
 
+    folder.mkdir(exist_ok=True)
     args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
     with _manager(folder) as manager:
         manager.save(step, args=args, force=True)
@@ -51,11 +52,12 @@ def restore(folder: Path, like: Mapping[str, PyTree], step: int | None = None) -
 
     args = {name: ocp.args.StandardRestore(jax.tree.map(abstract, item)) for name, item in like.items()}
     with _manager(folder) as manager:
-        steps = manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            said = f"are those after steps {', '.join(map(str, sorted(steps)))}" if steps else "is none"
-            raise InputError(f"{folder} has no checkpoint {'' if step is None else step}: there {said}")
-        step = max(steps) if step is None else step
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise InputError(f"there is no checkpoint in {folder}: train until the first is written")
+        if step is not None and step not in steps:
+            raise InputError(f"{folder} has no checkpoint {step}: name one of {', '.join(map(str, steps))}")
+        step = steps[-1] if step is None else step
         try:
             return dict(manager.restore(step, args=ocp.args.Composite(**args)))
         except Exception as error:  # Orbax raises whatever its parts raise, at the length of a page

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -17,13 +18,15 @@ import pytest
 import small_tokenizers as small
 import yaml
 from safetensors.numpy import load_file, save_file
+from tokenizers import pre_tokenizers
 
+import convert
 import train
 from minalm import hf
 from minalm.data import Side, make_batch
 from minalm.evaluate import measure
 from minalm.losses import LossConfig
-from minalm.model import ModelConfig, initialize
+from minalm.model import LinearScaling, Llama3Scaling, ModelConfig, Rope, Transformer, YarnScaling, initialize
 from minalm.sharding import make_mesh, place
 from minalm.stdlib_text import train_bpe
 from minalm.student import load_vocabularies
@@ -131,6 +134,12 @@ def lines(out: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def rows(out: Path, name: str) -> list[dict[str, object]]:
+    """evaluations.jsonl or samples.jsonl without the clock."""
+    found = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+
+
 def weights(out: Path) -> dict[str, np.ndarray]:
     return load_file(out / "hf" / "model.safetensors")
 
@@ -151,10 +160,24 @@ def interrupted(after: int):
 
 
 @pytest.fixture(scope="module")
-def finished(files, tmp_path_factory) -> Path:
+def saved() -> dict[int, Transformer]:
+    """The student of `finished` at each checkpoint, as it was in memory."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(files, saved, tmp_path_factory) -> Path:
     """A byte student by all three losses, trained for 4 steps."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    run(files, out, held_out=files.held_out, samples=1)
+    with pytest.MonkeyPatch.context() as patch:
+        save = train.checkpoint.save
+
+        def keep(folder, step, items):
+            saved[step] = jax.device_get(items["student"])
+            save(folder, step, items)
+
+        patch.setattr(train.checkpoint, "save", keep)
+        run(files, out, held_out=files.held_out, samples=1, evaluation_interval=2)
     return out
 
 
@@ -261,6 +284,36 @@ def test_a_run_goes_on_bit_for_bit(finished, stopped, files, tmp_path):
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
 
 
+@pytest.mark.parametrize("after", ("before the checkpoint", "after the checkpoint"))
+def test_rows_of_evaluations_and_samples(finished, files, tmp_path, after):
+    """At the start, each interval and the end; a run that goes on has the same, wherever it was ended."""
+    assert [row["step"] for row in rows(finished, "evaluations")] == [0, 2, 4]
+    assert [row["step"] for row in rows(finished, "samples")] == [0, 4]
+    summary = json.loads((finished / "summary.json").read_text())
+    for step, name in ((0, "student_start"), (4, "student_end")):
+        (row,) = [row for row in rows(finished, "evaluations") if row["step"] == step]
+        assert row["bits_per_byte"] == {
+            k: summary["bits_per_byte"][v] for k, v in (("teacher", "teacher"), ("student", name))
+        }
+        assert row["agreement"] == summary["agreement"][name]
+    save = train.checkpoint.save
+
+    def stop(folder, step, items):
+        if after == "after the checkpoint":
+            save(folder, step, items)
+        raise KeyboardInterrupt
+
+    changes = {"held_out": files.held_out, "samples": 1, "evaluation_interval": 2}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.checkpoint, "save", stop)
+        run(files, tmp_path / "run", **changes)
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluations")] == [0, 2]
+    run(files, tmp_path / "run", **changes, resume=True)
+    for name in ("evaluations", "samples"):
+        assert rows(tmp_path / "run", name) == rows(finished, name)
+    assert lines(tmp_path / "run") == lines(finished)
+
+
 def test_a_run_goes_on_on_another_mesh(finished, stopped, files, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
@@ -293,11 +346,345 @@ def test_batches_depend_on_seed_and_step_alone(files, tmp_path):
     assert batch(0, 3) == batch(0, 3) and batch(0, 3) != batch(0, 4) and batch(0, 3) != batch(1, 3)
 
 
+# --- the settings of a run ----------------------------------------------------------------------------------------
+
+SCALINGS = (
+    None,
+    LinearScaling(8.0),
+    Llama3Scaling(32.0, 1.0, 4.0, 8192),
+    YarnScaling(8.0, 1.2, 32.0, 1.0, 8192, truncate=False),
+)
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_the_settings_of_every_preset_are_read_again(tmp_path, preset):
+    config = dataclasses.replace(train.PRESETS[preset][1], out=tmp_path / "run")
+    train.start_folder(config)
+    assert repr(train.read_settings(tmp_path / "run" / "config.yaml")) == repr(config)  # 1, 1.0 and True differ here
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: type(scaling).__name__)
+def test_settings_of_every_kind_are_read_again(tmp_path, scaling):
+    architecture = ModelConfig(
+        vocab_size=9,
+        embed=8,
+        mlp=8,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=4,
+        windows=(5, None),
+        rope=Rope(5e5, scaling),
+        local_rope=Rope(1e4),
+        final_softcap=30.0,
+        qk_norm="head",
+        model_type="llama",
+    )
+    config = train.Config(
+        out=tmp_path / "é 日本",
+        steps=7,
+        teacher=Path("org/name"),
+        student=Path("1"),  # not the number
+        student_tokenizer=Path("null"),  # not None
+        control="change",
+        tied=False,
+        architecture=architecture,
+        data=(Path("true"), Path("a: b")),
+        held_out=(Path("x/"),),
+        evaluation_interval=3,
+        losses=LossConfig(sft=0.0, tau=1e-7, divergence="renyi"),
+        learning_rate=1e-30,
+        clip_norm=1.0,
+        mesh=train.MeshConfig(fsdp=2, tp=4),
+        remat="full",
+        seed=2**62,
+    )
+    differs = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None}
+    assert differs == set()
+    for settings in (config, dataclasses.replace(config, architecture=None, clip_norm=None, tied=None, data=())):
+        train.start_folder(settings)
+        assert repr(train.read_settings(config.out / "config.yaml")) == repr(settings)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    (
+        lambda text: "",
+        lambda text: "[1, 2]",
+        lambda text: "model: resnet\nlr: 0.1\n",
+        lambda text: text + "extra: 1\n",
+        lambda text: text.replace("steps: 4\n", ""),
+        lambda text: text.replace("steps: 4\n", "steps: many\n"),
+        lambda text: text.replace("steps: 4\n", "steps: true\n"),
+        lambda text: text.replace("remat: none", "remat: all"),
+        lambda text: text.replace("mesh:\n", "mesh: 1\nother:\n"),
+        lambda text: text.replace("chunks: merged", "chunk: merged"),
+        lambda text: text.replace("seed: 0", "seed: !!python/object/apply:os.getcwd []"),
+        lambda text: text.replace("seed: 0", "seed: ["),
+        lambda text: "[" * 100_000,
+        lambda text: "steps: \x00",
+        lambda text: "é".encode("latin-1"),
+    ),
+)
+def test_other_settings_are_refused(files, tmp_path, monkeypatch, damage):
+    train.start_folder(dataclasses.replace(TINY, out=tmp_path / "run", teacher=files.untied, data=(files.data,)))
+    file = tmp_path / "run" / "config.yaml"
+    assert train.read_settings(file).steps == 4
+    damaged = damage(file.read_text())
+    assert damaged != file.read_text()
+    file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    before = sorted(tmp_path.rglob("*"))
+    sentence = f"error: {file} does not hold the settings of a run as this program writes them: name another folder"
+    assert refused(arguments(files, tmp_path / "run", resume=True)) == sentence
+    for words in (("export", tmp_path / "run", tmp_path / "out"), ("inspect", tmp_path / "run")):
+        assert refused_by_convert(monkeypatch, *words) == sentence
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ("metrics", "evaluations", "samples"))
+def test_other_rows_are_refused(finished, files, tmp_path, name):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / f"{name}.jsonl"
+    for content in (b"{\n", b"[]\n", b'{"a": 1}\n', b"\xff\n"):
+        file.write_bytes(content)
+        found = refused(arguments(files, tmp_path / "run", held_out=files.held_out, resume=True))
+        assert found == f"error: {file} is not as this program wrote it: remove it, or name another folder"
+        assert file.read_bytes() == content
+
+
+# --- a run's student as a folder ----------------------------------------------------------------------------------
+
+
+def convert_run(monkeypatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+    convert.main()
+
+
+def refused_by_convert(monkeypatch, *words: object) -> str:
+    with pytest.raises(SystemExit) as error:
+        convert_run(monkeypatch, *words)
+    sentence = error.value.code
+    assert isinstance(sentence, str) and sentence.startswith("error: ") and "\n" not in sentence
+    return sentence
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_export(finished, stopped, saved, files, tmp_path, monkeypatch):
+    flags = "--dtype", "float32"
+    convert_run(monkeypatch, "export", finished, tmp_path / "newest", *flags)
+    assert contents(tmp_path / "newest") == contents(finished / "hf")
+    convert_run(monkeypatch, "export", finished, tmp_path / "older", "--step", 2, *flags)
+    convert_run(monkeypatch, "export", stopped, tmp_path / "stopped", *flags)
+    assert contents(tmp_path / "older") == contents(tmp_path / "stopped") != contents(tmp_path / "newest")
+    found, teacher = load_file(tmp_path / "older" / "model.safetensors"), load_file(files.untied / "model.safetensors")
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], saved[2].embed[:258])
+    np.testing.assert_array_equal(found["lm_head.weight"], saved[2].unembed[:258])
+    np.testing.assert_array_equal(found["model.norm.weight"], saved[2].norm)
+    assert saved[2].expansion is None  # frozen, so that it is the teacher's
+    np.testing.assert_array_equal(found["model.expand_embed_tokens.weight"], teacher["model.embed_tokens.weight"])
+    assert not np.array_equal(saved[2].embed, saved[4].embed)
+
+
+def test_export_of_a_trained_expansion(files, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        TINY, out=tmp_path / "run", teacher=files.untied, data=(files.data,), train_expansion=True
+    )
+    train.start_folder(config)
+    student = jax.tree.map(lambda leaf: jnp.asarray(leaf[:]) * 3, train.load_models(config).student)
+    train.checkpoint.save(config.out / "checkpoints", 1, {"student": student, "rest": {"step": jnp.zeros(())}})
+    convert_run(monkeypatch, "export", config.out, tmp_path / "out", "--dtype", "float32")
+    found, teacher = load_file(tmp_path / "out" / "model.safetensors"), load_file(files.untied / "model.safetensors")
+    np.testing.assert_array_equal(found["model.expand_embed_tokens.weight"], teacher["model.embed_tokens.weight"] * 3)
+
+
+def test_export_refuses(stopped, files, tmp_path, monkeypatch):
+    shutil.copytree(files.untied, tmp_path / "teacher")
+    shutil.copytree(stopped, tmp_path / "moved")
+    file = tmp_path / "moved" / "config.yaml"
+    file.write_text(file.read_text().replace(str(files.untied), str(tmp_path / "teacher")))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(stopped, damaged)
+    for part in (damaged / "checkpoints" / "2").rglob("*"):
+        if part.is_file():
+            part.write_bytes(b"")
+    fresh = dataclasses.replace(TINY, out=tmp_path / "fresh", teacher=files.untied, data=(files.data,))
+    train.start_folder(fresh)
+    shutil.rmtree(tmp_path / "teacher")
+    before = sorted(tmp_path.rglob("*"))
+    cases = (
+        ((fresh.out,), f"there is no checkpoint in {fresh.out / 'checkpoints'}: train until"),
+        ((stopped, "--step", 3), f"{stopped / 'checkpoints'} has no checkpoint 3: name one of 2"),
+        ((stopped, "--step", -1), "has no checkpoint -1"),
+        ((tmp_path / "moved",), f"{tmp_path / 'teacher'} does not exist"),
+        ((damaged,), f"the checkpoint {damaged / 'checkpoints' / '2'} is damaged or of another run"),
+        ((files.untied, "--step", 2), f"{files.untied} is not a run, so it has no checkpoint 2: leave out --step"),
+    )
+    for (source, *flags), sentence in cases:
+        assert sentence in refused_by_convert(monkeypatch, "export", source, tmp_path / "out", *flags)
+        assert sorted(tmp_path.rglob("*")) == before, sentence
+    assert "does not exist" in refused_by_convert(monkeypatch, "inspect", tmp_path / "moved")
+
+
+def test_inspect_of_a_run(finished, stopped, files, monkeypatch, capsys):
+    found = rows(finished, "evaluations")[1]["bits_per_byte"]
+    capsys.readouterr()
+    convert_run(monkeypatch, "inspect", finished)
+    printed = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
+    assert printed["steps"] == "4 of 4" and printed["vocabulary"].startswith("258 ids, bytes")
+    bits = [f"{side} {value:.3f}" for side, value in found.items()]
+    assert printed["after step 2"] == f"bits per byte: {', '.join(bits)}" and len(bits) == 2
+    assert {"after step 0", "after step 4"} <= printed.keys()
+    convert_run(monkeypatch, "inspect", stopped)
+    printed = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
+    assert printed["steps"] == "2 of 4" and "after step 0" in printed and "after step 4" not in printed
+
+
+# --- from an existing student -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(finished, files) -> float:
+    """Bits per byte of `finished` on all held-out text, where no teacher's shorter rows cut it."""
+    vocabulary, ngrams = load_vocabularies(finished / "hf")
+    model, corpus = hf.load(finished / "hf", np.float32), read_corpus([files.held_out], 64)
+    batches = [make_batch(corpus.batch(0, number, 4), Side(vocabulary, ngrams, 64), None)[0] for number in range(2)]
+    mesh = make_mesh(1, 1)
+    model, entries = (place(part, mesh) for part in (model, train.entries_of(vocabulary, model)))
+    return measure(model, None, entries, None, batches, mesh, jnp.dtype(jnp.float32))["student"]
+
+
+def test_a_byte_student_is_trained_further(finished, files, tmp_path):
+    out = tmp_path / "run"
+    run(files, out, student=finished / "hf", held_out=files.held_out, steps=1, warmup_steps=0)
+    start, end = rows(out, "evaluations")[0], rows(finished, "evaluations")[-1]
+    np.testing.assert_allclose(start["bits_per_byte"]["student"], end["bits_per_byte"]["student"], rtol=1e-6)
+    np.testing.assert_allclose(start["agreement"], end["agreement"], rtol=1e-5)
+    old, new = weights(finished), weights(out)
+    name = "model.expand_embed_tokens.weight"
+    np.testing.assert_array_equal(new[name], old[name])
+    assert all(new[key].shape == old[key].shape for key in old) and old.keys() == new.keys()
+    assert not np.array_equal(new["model.embed_tokens.weight"], old["model.embed_tokens.weight"])
+    before, after = contents(finished / "hf"), contents(out / "hf")
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+
+
+def test_a_student_is_trained_without_a_teacher(finished, alone, files, tmp_path):
+    out = tmp_path / "run"
+    changes = {"losses__alm": 0, "losses__latents": 0, "held_out": files.held_out, "steps": 1}
+    run(files, out, teacher=None, student=finished / "hf", **changes)
+    start = rows(out, "evaluations")[0]
+    assert start["bits_per_byte"].keys() == {"student"} and start["agreement"] is None
+    np.testing.assert_allclose(start["bits_per_byte"]["student"], alone, rtol=1e-6)
+    assert contents(out / "hf").keys() == contents(finished / "hf").keys()
+
+
+@pytest.mark.parametrize("kind", ("bytes", "subwords"))
+def test_a_byte_student_is_a_teacher(finished, alone, files, tmp_path, kind):
+    """Its input expansion is read on the teacher's side too."""
+    student = finished / "hf" if kind == "bytes" else files.untied
+    changes = {"teacher": finished / "hf", "student": student, "teacher_length": 64, "steps": 1}
+    run(files, tmp_path / "run", **changes, held_out=files.held_out)
+    start = rows(tmp_path / "run", "evaluations")[0]
+    np.testing.assert_allclose(start["bits_per_byte"]["teacher"], alone, rtol=1e-6)
+    loss = lines(tmp_path / "run")[0]["loss/latents"]
+    if kind == "bytes":
+        assert start["bits_per_byte"]["student"] == start["bits_per_byte"]["teacher"]
+        assert start["agreement"] == 0.0 and loss < 1e-6
+    else:
+        assert start["agreement"] > 0.1 and loss > 0.1
+
+
+def test_a_table_is_padded_past_its_vocabulary(files, tmp_path, monkeypatch):
+    """261 ids, which two devices do not divide."""
+    small.save(tmp_path / "tokenizer", small.byte_level(), small.GEMMA)
+    config = dataclasses.replace(hf.read_config(files.untied / "config.json"), vocab_size=326)
+    tokenizer = contents(tmp_path / "tokenizer")
+    hf.save(tmp_path / "teacher", jax.device_get(initialize(config, jax.random.key(0))), "float32", files=tokenizer)
+    convert_run(monkeypatch, "bytes", tmp_path / "teacher", tmp_path / "student", "--dtype", "float32")
+    assert hf.read_config(tmp_path / "student" / "config.json").vocab_size == 261
+    changes = {"teacher": None, "student": tmp_path / "student", "losses__alm": 0, "losses__latents": 0, "steps": 1}
+    for tp in (1, 2):
+        run(files, tmp_path / f"on {tp}", **changes, mesh__tp=tp, held_out=files.held_out)
+        assert weights(tmp_path / f"on {tp}")["model.embed_tokens.weight"].shape == (261, 24)
+    one, two = (rows(tmp_path / f"on {tp}", "evaluations") for tp in (1, 2))
+    for expected, found in zip(one, two, strict=True):
+        np.testing.assert_allclose(found["bits_per_byte"]["student"], expected["bits_per_byte"]["student"], rtol=1e-4)
+
+
+def test_settings_that_an_existing_student_excludes(finished, files, tmp_path, monkeypatch):
+    changes = {
+        "student_tokenizer": (files.tokenizer, "--student-tokenizer"),
+        "control": ("change", "--control"),
+        "tied": ("False", "--tied"),
+        "student_weights": ("random", "--student-weights"),
+        "no_expansion": (True, "--no-expansion"),
+    }
+    assert {name.removeprefix("no_") for name in changes} == set(train.OF_A_NEW_STUDENT)
+    for name, (value, flag) in changes.items():
+        found = refused(arguments(files, tmp_path / "run", student=finished / "hf", **{name: value}))
+        assert found == f"error: --student brings its own tokenizer and tables: leave out {flag}"
+    own = ["quickstart-teacher", "--out", str(tmp_path / "run"), "--student", str(finished / "hf")]
+    assert "this preset pretrains an architecture of its own: use another" in refused(own)
+    for tokenizer in ("bytes", files.tokenizer):  # nor can what has an expansion get another one
+        found = refused(arguments(files, tmp_path / "run", teacher=finished / "hf", student_tokenizer=tokenizer))
+        assert "the model is a byte student with an input expansion" in found
+    narrow = dataclasses.replace(hf.read_config(files.untied / "config.json"), embed=16, layers=2, windows=(None,) * 2)
+    tokenizer = {name: content for name, content in contents(files.untied).items() if name.startswith("tokenizer")}
+    hf.save(tmp_path / "narrow", jax.device_get(initialize(narrow, jax.random.key(0))), "float32", files=tokenizer)
+    found = refused(arguments(files, tmp_path / "run", student=tmp_path / "narrow"))
+    assert "latents compares hidden states, but embed is 16 in" in found and "--losses.latents 0" in found
+    shallow = dataclasses.replace(narrow, embed=24)
+    hf.save(tmp_path / "shallow", jax.device_get(initialize(shallow, jax.random.key(0))), "float32", files=tokenizer)
+    changes = {"student": tmp_path / "shallow", "losses__latents_layers": "all"}
+    assert "but layers is 2 in" in refused(arguments(files, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ("tied", "untied"))
+@pytest.mark.parametrize("tied", (None, True, False))
+def test_tied_tables(files, tmp_path, kind, tied):
+    config = dataclasses.replace(
+        TINY, out=tmp_path, teacher=getattr(files, kind), student_tokenizer=files.tokenizer, tied=tied
+    )
+    student = train.load_models(config).student
+    assert student.config.tied == (kind == "tied" if tied is None else tied)
+    assert (student.unembed is None) == student.config.tied
+
+
+def test_control_and_tied_are_not_for_bytes(files, tmp_path):
+    for name, value in (("control", "change"), ("tied", True)):
+        found = refused(arguments(files, tmp_path / "run", **{name: str(value)}))
+        assert found == f"error: --{name} {value} is not for bytes: give --student-tokenizer, or leave it out"
+    assert not (tmp_path / "run").exists()
+
+
+def test_control_tokens_of_the_students_own_tokenizer(files, tmp_path, monkeypatch):
+    template = small.CHATS["qwen"]
+    small.save(tmp_path / "tokenizer", small.byte_level(), small.CHATML, chat_template=template)
+    config = dataclasses.replace(TINY, teacher=files.untied, student_tokenizer=tmp_path / "tokenizer")
+    kept = train.load_models(config)
+    assert set(kept.teacher_vocabulary.template_control) <= set(kept.student_vocabulary.control)
+    assert kept.usage.chat_template is None
+    changes = {"student_tokenizer": tmp_path / "tokenizer", "control": "change", "steps": 1}
+    run(files, tmp_path / "run", **changes)
+    written = json.loads((tmp_path / "run" / "hf" / "tokenizer_config.json").read_text())
+    assert written["chat_template"] == template
+    vocabulary, _ = load_vocabularies(tmp_path / "run" / "hf")
+    assert set(vocabulary.control) == set(small.CHATML) != set(kept.student_vocabulary.control)
+    assert vocabulary.size == load_vocabulary(tmp_path / "tokenizer").size
+    assert vocabulary.template == load_vocabulary(tmp_path / "tokenizer").template
+    convert_run(monkeypatch, "export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")
+    assert contents(tmp_path / "out") == contents(tmp_path / "run" / "hf")
+
+
 # --- other runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ("tied", "untied"))
-def test_a_subword_student(files, tmp_path, kind):
+def test_a_subword_student(files, tmp_path, monkeypatch, kind):
     teacher = getattr(files, kind)
     run(files, tmp_path / "run", teacher=teacher, student_tokenizer=files.tokenizer, steps=1, losses__sft=0)
     student = hf.load(tmp_path / "run" / "hf", np.float32)
@@ -308,6 +695,8 @@ def test_a_subword_student(files, tmp_path, kind):
     assert [row["step"] for row in rows] == [1] and "loss/sft" not in rows[0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["bits_per_byte"] == {"teacher": None, "student_start": None, "student_end": None}
+    convert_run(monkeypatch, "export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")
+    assert contents(tmp_path / "out") == contents(tmp_path / "run" / "hf")
 
 
 def test_pretraining_without_a_teacher(files, tmp_path, monkeypatch):
@@ -339,14 +728,13 @@ def test_overwrite_replaces_a_run(stopped, finished, files, tmp_path):
 
 
 def test_texts_that_one_side_cannot_spell_are_counted(files, tmp_path, capsys):
-    # SentencePiece writes a space as U+2581, so that it cannot spell a text that holds one.
-    kind = small.sentencepiece(True)
-    small.save(tmp_path / "tokenizer", kind, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    letters = set(pre_tokenizers.ByteLevel.alphabet()) - {chr(0xF4)}  # the teacher cannot spell that byte
+    small.save(tmp_path / "tokenizer", small.byte_level(alphabet=letters), small.LLAMA)
     vocabulary = load_vocabulary(tmp_path / "tokenizer")
     config = dataclasses.replace(hf.read_config(files.tied / "config.json"), vocab_size=vocabulary.size)
     tokenizer = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
     hf.save(tmp_path / "teacher", jax.device_get(initialize(config, jax.random.key(0))), "float32", files=tokenizer)
-    texts = ["the user said", "a \u2581 b", "hello there", "the model"]
+    texts = ["the user said", "a \U00100000 b", "hello there", "the model"]  # UTF-8: f4 80 80 80
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     changes = {"teacher": tmp_path / "teacher", "data": tmp_path / "data.jsonl", "losses__latents": 0, "steps": 3}
     run(files, tmp_path / "run", **changes)
@@ -497,6 +885,83 @@ def test_bad_teachers(files, tmp_path, damage, sentence):
     damage(tmp_path / "teacher")
     assert sentence in refused(arguments(files, tmp_path / "run", teacher=tmp_path / "teacher"))
     assert not (tmp_path / "run").exists()
+
+
+def fewer_rows(folder: Path) -> None:
+    """A table of 200 rows under a tokenizer of 288, as a config.json of its own says too."""
+    change_json("config.json", lambda c: c.update(vocab_size=200))(folder)
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    change_tensors(lambda t: t.update({name: t[name][:200] for name in tables}))(folder)
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    (
+        (
+            change_json("config.json", lambda c: c.update(model_type="mamba")),
+            ("config.json", "'model_type'", "'mamba'"),
+        ),
+        (
+            change_json("config.json", lambda c: c.update(rope_scaling={"rope_type": "spiral", "factor": 2.0})),
+            ("config.json", "'rope_scaling'", "'spiral'"),
+        ),
+        (change_json("config.json", lambda c: c.update(intermediate_size=40)), ("the tensor", "mlp", "config.json")),
+        (
+            change_json("config.json", lambda c: c.update(num_hidden_layers=2)),
+            ("the tensor", "layers.2", "config.json"),
+        ),
+        (fewer_rows, ("has ids past the model's 200 rows",)),
+        (cut_off, ("model.safetensors is damaged",)),
+        (lambda folder: (folder / "config.json").write_text("{"), ("config.json is not JSON",)),
+        (lambda folder: (folder / "tokenizer.json").write_text("[]"), ("tokenizer.json",)),
+        (lambda folder: (folder / "tokenizer_config.json").write_bytes(b"\xff"), ("tokenizer_config.json",)),
+    ),
+    ids=("model type", "rope type", "width", "depth", "rows", "cut off", "no JSON", "no tokenizer", "no text"),
+)
+def test_bad_models_are_refused_by_every_program(files, tmp_path, monkeypatch, damage, words):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(files.untied, model)
+    damage(model)
+    sentences = [
+        refused(arguments(files, out, teacher=model)),
+        refused(arguments(files, out, student=model)),
+        refused_by_convert(monkeypatch, "bytes", model, out),
+        refused_by_convert(monkeypatch, "tokenizer", model, files.tokenizer, out),
+        refused_by_convert(monkeypatch, "export", model, out),
+        refused_by_convert(monkeypatch, "inspect", model),
+    ]
+    for sentence in sentences:
+        assert all(word in sentence for word in words) and str(model) in sentence, sentence
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_hub_that_is_not_there(files, tmp_path):
+    """In processes of their own, since the hub's client reads its settings once: what a user sees."""
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    convert_program, train_program = (Path(program.__file__) for program in (convert, train))
+    for program, *words in (
+        (convert_program, "bytes", "org/name", "out"),
+        (convert_program, "inspect", "org/name"),
+        (train_program, "smollm2-135m-byte", "--teacher", "org/name", "--data", files.data, "--out", "out"),
+        (train_program, "smollm2-135m-byte", "--teacher", files.untied, "--student", "org/name", "--data", files.data),
+    ):
+        done = subprocess.run(
+            [sys.executable, program, *map(str, words)],
+            cwd=tmp_path,
+            env=settings,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: org/name is no folder here, and the Hugging Face hub did not give it")
+        assert done.stderr.count("\n") == 1 and {path.name for path in tmp_path.iterdir()} <= {"hub"}
 
 
 def test_a_folder_that_exists_is_left_alone(finished, files, tmp_path):
