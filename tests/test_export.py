@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tokenizers as small
+from real_tokenizers import real_tokenizer
 from test_convert import compute
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import convert
 from minalm import families, hf
@@ -292,7 +294,7 @@ def test_generation_is_ours(exported, name, expansion):
         never = next(i for i in range(256) if i not in ids)
         found = student.model.generate(**given, eos_token_id=never, do_sample=False, max_new_tokens=new)
         assert found[0].tolist() == prompt + ids
-    assert len(set(sum(expected, []))) > 6
+    assert len(set(sum(expected, []))) > 4
     assert any(before >= 256 > after for ids in expected for before, after in zip(ids, ids[1:]))  # goes on after one
 
     stop = next(i for ids in expected for i in ids[3:] if i >= 256)
@@ -371,3 +373,362 @@ def test_we_read_the_folder_back(exported, tmp_path, name, expansion):
             assert new == old, file.name
         else:
             assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+# --- students on another tokenizer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("control", ("keep", "change"))
+@pytest.mark.parametrize("tied", (True, False))
+def test_a_student_on_another_tokenizer(tmp_path, control, tied):
+    """Llama onto Qwen's kind of BPE: plain transformers, no code."""
+    original = write_teacher(tmp_path / "teacher", "llama3")
+    write_teacher(tmp_path / "other", "qwen3")
+    flags = ["--control", control, "--tied", tied, "--dtype", "float32"]
+    run("tokenizer", tmp_path / "teacher", tmp_path / "other-tokenizer", tmp_path / "out", *flags)
+    tokenizer, model = load(tmp_path / "out", trust=False)
+    vocabulary, ngrams = load_vocabularies(tmp_path / "out")
+    assert ngrams is None and vocabulary.tokenizer is not None
+    assert set(small.CHATML) <= set(vocabulary.control)
+    assert (set(small.LLAMA) <= set(vocabulary.control)) == (control == "keep")
+    assert (vocabulary.template == original.template) == (control == "keep")
+    messages = [SYSTEM, *TURNS]
+    ids = vocabulary.encode([chat(messages, asked=True)])[0].ids
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert inputs["input_ids"].tolist() == [ids.tolist()] and (np.diff(ids) != 0).any()
+    ours = hf.load(tmp_path / "out", np.float32)
+    assert ours.config.tied == tied == (ours.unembed is None)
+    with torch.no_grad():
+        expected = model(**inputs).logits.numpy()
+    assert expected.std() > 0.3 and expected.shape[-1] == vocabulary.size
+    np.testing.assert_allclose(compute(ours, ids[None], None), expected, rtol=0, atol=1e-4)
+    end = "<|eot_id|>" if control == "keep" else "<|im_end|>"
+    assert tokenizer.convert_tokens_to_ids(end) in np.atleast_1d(model.generation_config.eos_token_id)
+
+
+# --- the published byte models --------------------------------------------------------------------------------------
+
+# Their control lists are longer: words of the headers have ids as well, as added tokens that are not special.
+PUBLISHED = {
+    "gemma2": (
+        "gemma",
+        "gemma2_untied",
+        ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        ("user", "model", "\n"),
+    ),
+    "llama": (
+        "llama",
+        "llama3",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"),
+        ("system", "user", "assistant", "\n\n"),
+    ),
+}
+LONG = ["abcdefghijklmnopqrstuvwxyz", "9876543210abcdefghij"]  # more than 16 bytes
+
+
+@dataclass(frozen=True)
+class Published:
+    folder: Path
+    original: Vocabulary
+    ids: dict[str, int]  # of the control tokens and words
+    keys: dict[str, int]  # the map
+    plain: object  # the family's own class in transformers, with the tensors but the expansion's
+    table: object  # the expansion's
+
+
+def spelled(token: bytes, words: dict[str, int]) -> list[int]:
+    """Ids of a token's bytes; a word in it has its own id. As the published maps are: at each place the longest word."""
+    ids, place = [], 0
+    while place < len(token):
+        found = [word for word in words if token.startswith(word.encode(), place)]
+        word = max(found, key=len, default="")
+        ids.append(words[word] if found else token[place])
+        place += max(1, len(word.encode()))
+    return ids
+
+
+def write_published(folder: Path, family: str, **settings: object) -> Published:
+    """A small folder in exactly the layout of the published byte models, made by plain code."""
+    kind, fixture, special, words = PUBLISHED[family]
+    source = folder.with_name("source")
+    tokenizer = small.sentencepiece(False) if kind == "gemma" else small.byte_level()
+    config = {"bos_token": special[2 if kind == "gemma" else 0], "pad_token": special[0 if kind == "gemma" else 4]}
+    config["eos_token"] = special[1] if kind == "gemma" else special[3]
+    original = load_vocabulary(small.save(source, tokenizer, special, LONG, **config))
+    ids = {word: 256 + number for number, word in enumerate([*sorted(special), *words])}
+
+    keys = {"": -1}
+    for i, token in enumerate(original.token_bytes):
+        names = [word for word in special if original.control[word] == i]
+        if names:
+            row = [ids[names[0]]]
+        elif token.decode(errors="replace") in words:
+            row = [ids[token.decode()]]
+        elif token:
+            row = spelled(token, {word: ids[word] for word in words})
+        else:
+            continue
+        keys.setdefault(",".join(str(i + 1) for i in row[::-1][:16]), i + 1)
+
+    # The tokenizer: bytes in GPT-2's alphabet, then the added tokens.
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in shown}
+    for byte in range(256):
+        letters.setdefault(byte, chr(256 + len(letters) - len(shown)))
+    bytes_only = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    for word in ids:
+        bytes_only.add_tokens([AddedToken(word, special=word in special, normalized=False)])
+    assert bytes_only.get_vocab()["user"] == ids["user"]
+    folder.mkdir()
+    bytes_only.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
+
+    values = json.loads((FIXTURES / fixture / "config.json").read_text())
+    rows = 256 + len(ids)
+    values |= {"vocab_size": rows, "tie_word_embeddings": False, "dtype": "float32", "eos_token_id": ids[special[-1]]}
+    torch.manual_seed(5)
+    plain = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**values), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        layers = load_file(FIXTURES / fixture / "model.safetensors")
+        plain.load_state_dict({k: v for k, v in layers.items() if "embed" not in k and "head" not in k}, strict=False)
+        for table in (plain.model.embed_tokens.weight, plain.lm_head.weight):
+            table.copy_(torch.randn(table.shape) / table.shape[1] ** 0.5)
+    table = torch.randn(original.size, 24) / 24**0.5
+    tensors = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    save_file({**tensors, "model.expand_embed_tokens.weight": table}, folder / "model.safetensors")
+    name = values["architectures"][0].removesuffix("ForCausalLM")
+    values |= {
+        "architectures": [f"TPU{name}ForCausalLM"],
+        "model_type": f"tpu_{family}",
+        "auto_map": {
+            "AutoConfig": f"configuration_tpu_{family}.TPU{name}Config",
+            "AutoModelForCausalLM": f"modelling_tpu_{family}.TPU{name}ForCausalLM",
+        },
+        "expand_input_ids": True,
+        "expand_input_ids_maxlen": 16,
+        "expand_input_ids_vocab_size": original.size,
+        "expand_input_ids_dict": [keys, [ids[word] for word in special]],
+        "skip_out_norm": False,
+        **({"add_qk_norm": False} if family == "llama" else {}),
+        **settings,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    for stem in (f"configuration_tpu_{family}", f"modelling_tpu_{family}"):
+        (folder / f"{stem}.py").write_text("raise SystemError('the code of others was run')\n")
+    return Published(folder, original, ids, keys, plain, table)
+
+
+def plain_logits(published: Published, ids: list[int]) -> np.ndarray:
+    """The family's own model, given sums of embeddings that a plain loop looks up."""
+    found = []
+    for end in range(1, len(ids) + 1):
+        rows = (ids[start:end] for start in range(max(0, end - 16), end))
+        names = (",".join(str(i + 1) for i in reversed(row)) for row in rows)
+        found.append(next((published.keys[name] - 1 for name in names if name in published.keys), 0))
+    model = published.plain
+    # Through the model's own table, so that Gemma's factor is where its class puts it.
+    kept = model.model.embed_tokens.weight.data
+    model.model.embed_tokens.weight.data = kept[ids] + published.table[found]
+    with torch.no_grad():
+        logits = model(torch.arange(len(ids))[None], use_cache=False).logits[0].numpy()
+    model.model.embed_tokens.weight.data = kept
+    return logits
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(tmp_path_factory, request) -> Published:
+    return write_published(tmp_path_factory.mktemp(request.param) / "published", request.param)
+
+
+def test_words_of_the_headers_never_come_out_of_text(published):
+    vocabulary, ngrams = load_vocabularies(published.folder)
+    assert vocabulary.tokenizer is None and dict(vocabulary.control) == published.ids
+    text = "the user said to the model: assistant, system\n\nuser <bos> <|eot_id|>"
+    ids = vocabulary.encode([(Segment(Control("bos")), Segment(text))])[0].ids
+    assert ids[-len(text) :].tolist() == list(text.encode()) and len(ids) == len(text) + 1
+    header = vocabulary.encode([chat([user("user")], asked=False)])[0].ids.tolist()
+    start, stop = header.index(published.ids["user"]), header.index(ord("u"))
+    assert header[stop : stop + 4] == list(b"user") and start < stop
+    assert header.count(published.ids["user"]) == 1
+    assert ngrams.unread  # tokens that hold such words
+
+
+def test_a_published_model_computes_what_it_did(published):
+    ours, (vocabulary, ngrams) = hf.load(published.folder, np.float32), load_vocabularies(published.folder)
+    text = "xyz abcdefghijklmnopqrstuvwxyz the user said é日本 to the model\n\n\tthere"
+    ids = vocabulary.encode([chat([user(text)], asked=True)])[0].ids
+    expected = plain_logits(published, ids.tolist())
+    assert (
+        expected.std() > 0.3
+        and np.isin([original - 1 for original in published.keys.values()], ngrams(ids[None])).sum() > 20
+    )
+    np.testing.assert_allclose(compute(ours, ids[None], ngrams(ids[None]))[0], expected, rtol=0, atol=1e-4)
+    # A token of more than 16 bytes is found by its last 16.
+    [long] = [i for i, token in enumerate(published.original.token_bytes) if token == LONG[0].encode()]
+    assert (
+        long in ngrams(ids[None])
+        and published.keys[",".join(str(b + 1) for b in LONG[0].encode()[::-1][:16])] == long + 1
+    )
+
+    rows, mesh = vocabulary.size, make_mesh(1, 1)
+    entries = place(Entries(np.ones(rows, bool), vocabulary.boundary_mask(rows)), mesh)
+    [found] = generate(place(ours, mesh), entries, ngrams, [ids], 12, None, mesh, FLOAT32)
+    for number in range(12):
+        assert plain_logits(published, [*ids.tolist(), *found[:number]])[-1].argmax() == found[number]
+
+
+def test_a_published_model_is_inspected(published, capsys):
+    run("inspect", published.folder)
+    printed = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
+    assert printed["expansion_size"] == str(published.original.size) and printed["tied"] == "False"
+    assert printed["vocabulary"].startswith(f"{256 + len(published.ids)} ids, bytes; control tokens <")
+    assert int(printed["expansion"].split()[0]) > 250
+
+
+def test_a_published_model_is_exported_and_runs_in_transformers(published, tmp_path):
+    run("export", published.folder, tmp_path / "out", "--dtype", "float32")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *("config.json", "model.safetensors", "modeling_minalm.py", "tokenizer.json", "tokenizer_config.json")
+    }
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (published.folder / file).read_bytes()
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (published.folder, tmp_path / "out"))
+    assert new["expand_input_ids_dict"] == old["expand_input_ids_dict"]
+    assert new["eos_token_id"] == old["eos_token_id"]
+    assert new["max_position_embeddings"] == old["max_position_embeddings"]
+    assert set(new["auto_map"].values()) == {f"modeling_minalm.{a.split('.')[1]}" for a in old["auto_map"].values()}
+    assert hf.read_config(tmp_path / "out" / "config.json") == hf.read_config(published.folder / "config.json")
+    old, new = (load_file(folder / "model.safetensors") for folder in (published.folder, tmp_path / "out"))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    _, model = load(tmp_path / "out", trust=True)
+    vocabulary, _ = load_vocabularies(tmp_path / "out")
+    ids = vocabulary.encode([chat([user("the user said é日本 to the model\n\n there")], asked=True)])[0].ids.tolist()
+    with torch.no_grad():
+        found = model(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(found, plain_logits(published, ids), rtol=0, atol=1e-4)
+
+
+def test_a_published_llama_with_norms_of_queries_and_keys(tmp_path):
+    """Its own code's `add_qk_norm` is what Qwen 3 has, and so it is exported."""
+    published = write_published(tmp_path / "published", "llama", add_qk_norm=True)
+    held = load_file(published.folder / "model.safetensors")
+    for layer in range(3):
+        for norm in ("q_norm", "k_norm"):
+            held[f"model.layers.{layer}.self_attn.{norm}.weight"] = 1 + 0.5 * torch.randn(10)
+    save_file(held, published.folder / "model.safetensors")
+    values = json.loads((published.folder / "config.json").read_text()) | {"model_type": "qwen3", "auto_map": None}
+    config = transformers.AutoConfig.for_model(**values)
+    plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    missing = plain.load_state_dict(held, strict=False)
+    assert missing.unexpected_keys == ["model.expand_embed_tokens.weight"] and not missing.missing_keys
+    vocabulary, ngrams = load_vocabularies(published.folder)
+    ids = vocabulary.encode([chat([user("the user said é日本 to the model")], asked=True)])[0].ids
+    expected = plain_logits(dataclasses.replace(published, plain=plain), ids.tolist())
+    assert np.abs(expected - plain_logits(published, ids.tolist())).max() > 0.1  # without these norms
+    found = compute(hf.load(published.folder, np.float32), ids[None], ngrams(ids[None]))[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    run("export", published.folder, tmp_path / "out", "--dtype", "float32")
+    _, model = load(tmp_path / "out", trust=True)
+    with torch.no_grad():
+        found = model(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("verb", ("export", "inspect"))
+def test_other_layouts_of_published_models_are_refused(tmp_path, verb):
+    for number, settings in enumerate(({"skip_out_norm": True}, {"expand_input_ids_maxlen": 8})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_published(folder / "model", "llama", **settings)
+        with pytest.raises(SystemExit) as exit:
+            run(verb, folder / "model", *([folder / "out"] if verb == "export" else []))
+        [key] = settings
+        assert exit.value.code.startswith("error: ") and key in exit.value.code and exit.value.code.count(": ") <= 3
+        assert not (folder / "out").exists()
+
+
+# --- models as they are ---------------------------------------------------------------------------------------------
+
+TEXTS = [text["text"] for text in json.loads((Path(__file__).parent / "golden" / "align.json").read_text())["texts"]]
+FIXTURE_KINDS = TEACHERS | {
+    name: TEACHERS[name.split("_")[0]] for name in ("gemma2_untied", "llama3_tied", "qwen2_yarn")
+}
+
+
+def tensors(folder: Path) -> dict[str, object]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float16"))
+@pytest.mark.parametrize("name", FIXTURE_KINDS)
+def test_an_untouched_model_stays_as_it_is(tmp_path, name, dtype):
+    source = tmp_path / "source"
+    kind, _ = FIXTURE_KINDS[name]
+    vocabulary = small.make(kind, source, small.CHATS[kind])
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.3}))
+    (source / "modeling_other.py").write_text("raise SystemError\n")
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    values = json.loads((FIXTURES / name / "config.json").read_text())
+    rows = vocabulary.size + PADDED
+    values |= {"vocab_size": rows, "dtype": dtype, "eos_token_id": [2, 5], "max_position_embeddings": 321}
+    held = tensors(FIXTURES / name)
+    torch.manual_seed(0)
+    for table in {"model.embed_tokens.weight", "lm_head.weight"} & held.keys():
+        held[table] = torch.randn(rows, 24)
+    held = {name: tensor.to(getattr(torch, dtype)) for name, tensor in held.items()}
+    save_file(held, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(values))
+
+    run("export", source, tmp_path / "out", *([] if dtype == "bfloat16" else ["--dtype", "float32"]))
+    written = torch.bfloat16 if dtype == "bfloat16" else torch.float32  # which holds every float16
+    found = tensors(tmp_path / "out")
+    assert found.keys() == held.keys() and {tensor.dtype for tensor in found.values()} == {written}
+    assert all(torch.equal(found[name], held[name].to(written)) for name in held)
+    assert hf.read_config(tmp_path / "out" / "config.json") == hf.read_config(source / "config.json")
+    new = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key in ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id", "max_position_embeddings", "model_type"):
+        assert new[key] == values[key], key
+    assert new["architectures"] == values["architectures"] and "auto_map" not in new
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists() and not list((tmp_path / "out").glob("*.py"))
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
+        source / "generation_config.json"
+    ).read_bytes()
+
+    again = load_vocabularies(tmp_path / "out")[0]
+    assert (again.control, again.template, again.token_bytes) == (
+        *(vocabulary.control, vocabulary.template, vocabulary.token_bytes),
+    )
+    pieces = [(Segment(Control("bos")), Segment(text), Segment(Control("eos"))) for text in TEXTS]
+    assert all(map(np.array_equal, *([e.ids for e in v.encode(pieces)] for v in (again, vocabulary))))
+    if dtype == "float32":  # transformers computes the same of both
+        both = [
+            transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (source, tmp_path / "out")
+        ]
+        with torch.no_grad():
+            old, new = (model(torch.arange(40)[None]).logits for model in both)
+        assert old.std() > 0.1 and torch.equal(old, new)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "tokenizer, name", (("gemma2", "gemma2"), ("gemma3", "gemma3"), ("llama3", "llama3_tied"), ("qwen3", "qwen3"))
+)
+def test_real_tokenizers_stay_as_they_are(tmp_path, tokenizer, name):
+    vocabulary = load_vocabulary(real_tokenizer(tokenizer))
+    files = {file.name: file.read_bytes() for file in real_tokenizer(tokenizer).iterdir()}
+    hf.save(tmp_path / "source", with_tables(name, vocabulary.size + PADDED, []), "bfloat16", files=files)
+    run("export", tmp_path / "source", tmp_path / "out")
+    old, new = (tensors(folder) for folder in (tmp_path / "source", tmp_path / "out"))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    again = load_vocabularies(tmp_path / "out")[0]
+    pieces = [(Segment(Control("bos")), Segment(text), Segment(Control("eos"))) for text in TEXTS]
+    assert all(map(np.array_equal, *([e.ids for e in v.encode(pieces)] for v in (again, vocabulary))))
+    theirs = [
+        transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        for folder in (tmp_path / "source", tmp_path / "out")
+    ]
+    assert theirs[0](TEXTS).input_ids == theirs[1](TEXTS).input_ids
