@@ -488,8 +488,8 @@ def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
             kind: {"rope_type": "default", "rope_theta": rope.theta, **_scaling_values(rope)} for kind, rope in kinds
         }
     if scaling and config.expansion_size is not None and family.local_theta in (None, "rope_theta"):
-        # To read the tokenizer, transformers 5 reads config.json as that of any model, and fails there on `rope_scaling`;
-        # the code that comes along tells transformers 4.
+        # To load the tokenizer, transformers 5 reads config.json as that of any model and fails on `rope_scaling`.
+        # transformers 4 knows nothing else: the code that comes along tells it.
         values.setdefault("rope_parameters", {"rope_theta": config.rope.theta, **scaling})
     elif scaling:
         values["rope_scaling"] = scaling

@@ -110,7 +110,7 @@ def run(*arguments: object) -> None:
 
 
 def with_tables(name: str, rows: int, loud: list[int]) -> Transformer:
-    """A fixture's model with tables of `rows` rows; the rows `loud` are longer, so that these tokens are often likeliest.
+    """A fixture's model with tables of `rows` rows. Rows `loud` are longer: these tokens are often the likeliest.
 
     The last norm turns most channels around: else such tokens would repeat themselves for ever.
     """
@@ -348,7 +348,7 @@ def test_a_folder_holds_what_it_needs_and_no_more(exported, name, expansion):
 
 @each_student
 def test_we_read_the_folder_back(exported, tmp_path, name, expansion):
-    """To the same tables, and the same map as the one that the teacher's tokenizer gives; exported again, to the same files."""
+    """To the same tables, and the map that the teacher's tokenizer gives; exported again, it is the same files."""
     student = exported(name, expansion)
     teacher = hf.load(student.folder.parent / "teacher", np.float32)
     found = families.leaves(student.ours)
@@ -442,7 +442,7 @@ class Published:
 
 
 def spelled(token: bytes, words: dict[str, int]) -> list[int]:
-    """Ids of a token's bytes; a word in it has its own id. As the published maps are: at each place the longest word."""
+    """Ids of a token's bytes; a word in it has its own id. As in published maps: at each place the longest word."""
     ids, place = [], 0
     while place < len(token):
         found = [word for word in words if token.startswith(word.encode(), place)]

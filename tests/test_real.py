@@ -38,7 +38,7 @@ def own_modules(tmp_path, monkeypatch):
 
 
 def ours(folder: Path):
-    """The model of a folder on one device in float32, and a function of a row of ids (and of its expansion) to logits."""
+    """The model of a folder on one device in float32, and its logits as a function of a row of ids."""
     mesh = sharding.make_mesh(1, 1)
     model = sharding.place(hf.read(folder), mesh, np.float32)
 
@@ -100,7 +100,7 @@ def measure_bytes(folder: Path) -> tuple[float, list[int], list[int]]:
     """Of a byte student: the largest difference of the logits of a chat, and the bytes that both go on with."""
     vocabulary, ngrams = load_vocabularies(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    text = "Alignment of tokens requires care. What do the bytes of é, 日本 and 🙂 have in common?\n\n\tSay it in one line."
+    text = "Alignment of tokens requires care: what do the bytes of é, 日本 and 🙂 have in common?\n\n\tSay it."
     messages = [{"role": "system", "content": "You answer in a few words."}, {"role": "user", "content": text}]
     piece = [Segment(Control("start_of_chat"))]
     for message in messages:
