@@ -477,16 +477,22 @@ def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
-        "rope_scaling": _scaling_values(config.rope) or None,
         "attention_bias": False,
         **{key: value for key, value in own.items() if key in family.defaults},
         "torch_dtype": dtype,
     }
+    scaling = _scaling_values(config.rope)
     if family.local_theta == "rope_theta":  # transformers 5 would take its own theta for layers with a window
         kinds = zip(LAYER_TYPES, (local_rope, config.rope))
         values["rope_parameters"] = {
             kind: {"rope_type": "default", "rope_theta": rope.theta, **_scaling_values(rope)} for kind, rope in kinds
         }
+    if scaling and config.expansion_size is not None and family.local_theta in (None, "rope_theta"):
+        # To load the tokenizer, transformers 5 reads config.json as that of any model and fails on `rope_scaling`.
+        # transformers 4 knows nothing else: the code that comes along tells it.
+        values.setdefault("rope_parameters", {"rope_theta": config.rope.theta, **scaling})
+    elif scaling:
+        values["rope_scaling"] = scaling
     if config.expansion_size is not None:
         values |= {
             "architectures": ["TPU" + family.architecture],

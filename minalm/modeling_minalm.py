@@ -150,6 +150,9 @@ class ExpandedCausalLM:
     """What a family's language model (LlamaForCausalLM) gets on top; `trunk` is the class of its `model`."""
 
     def __init__(self, config):
+        parameters = getattr(config, "rope_parameters", None)
+        if parameters and transformers.__version__.startswith("4."):  # which knows `rope_scaling` alone
+            config.rope_scaling = parameters.get("full_attention", parameters)
         super().__init__(config)
         self.model = self.trunk(config)
         self.post_init()
