@@ -153,7 +153,8 @@ def _read_sampling(folder: Path) -> dict[str, Any]:
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer.json of a vocabulary, whose control tokens no text becomes unless a program asks for that.
 
-    It puts bos before a text where the vocabulary it comes from does (`Vocabulary.adds_bos`). Raises InputError where the format cannot give its tokens the ids that they have.
+    It puts bos before a text where the vocabulary it comes from does (`Vocabulary.adds_bos`). Raises InputError where the
+    format cannot give its tokens the ids that they have.
     """
     if vocabulary.tokenizer is None:
         spec = _bytes_json()

@@ -184,7 +184,8 @@ def _mix(x: UInt64[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
 
 _ENDS = {end_of(role, last) for role in ROLES for last in (False, True)}
 
-# What a document consists of after its first part: the UTF-8 of its texts (of a .txt file, the file itself) and control parts.
+# What a document consists of after its first part: the UTF-8 of its texts (of a .txt file, the file itself) and control
+# parts.
 _Parts = list[bytes | mmap.mmap | Control]
 _Document = tuple[int, int, int, _Parts]  # source, offset, length
 
