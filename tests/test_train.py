@@ -591,8 +591,8 @@ def test_a_byte_student_is_a_teacher(finished, alone, files, tmp_path, kind):
     np.testing.assert_allclose(start["bits_per_byte"]["teacher"], alone, rtol=1e-6)
     loss = lines(tmp_path / "run")[0]["loss/latents"]
     if kind == "bytes":
-        assert start["bits_per_byte"]["student"] == start["bits_per_byte"]["teacher"]
-        assert start["agreement"] == 0.0 and loss < 1e-6
+        assert start["bits_per_byte"]["student"] == pytest.approx(start["bits_per_byte"]["teacher"], rel=1e-6)
+        assert start["agreement"] < 1e-5 and loss < 1e-6  # rounding: two passes of one program, compiled apart
     else:
         assert start["agreement"] > 0.1 and loss > 0.1
 
