@@ -100,7 +100,8 @@ def measure_bytes(folder: Path) -> tuple[float, list[int], list[int]]:
     """Of a byte student: the largest difference of the logits of a chat, and the bytes that both go on with."""
     vocabulary, ngrams = load_vocabularies(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    text = "Alignment of tokens requires care: what do the bytes of é, 日本 and 🙂 have in common?\n\n\tSay it."
+    text = "Alignment of tokens requires care: what do the bytes of é, 日本 and 🙂 have in common?\n\n\t"
+    text += "Say it in one line, and do not repeat what was asked."
     messages = [{"role": "system", "content": "You answer in a few words."}, {"role": "user", "content": text}]
     piece = [Segment(Control("start_of_chat"))]
     for message in messages:
@@ -109,7 +110,7 @@ def measure_bytes(folder: Path) -> tuple[float, list[int], list[int]]:
     piece += [Segment(Control(part)) for part in ("header_open", "assistant", "header_close")]
     ids = vocabulary.encode([tuple(piece)])[0].ids
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert inputs["input_ids"].tolist() == [ids.tolist()] and 180 < len(ids) < 260
+    assert inputs["input_ids"].tolist() == [ids.tolist()] and 170 < len(ids) < 300
 
     (placed, run), model = ours(folder), theirs(folder, trust=True)
     with torch.no_grad():
