@@ -177,7 +177,12 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     bos = list(vocabulary.template.get("bos", ())) if vocabulary.adds_bos else []
     if prefixes(spec) != bos:
         spec["post_processor"] = _bos_processor(bos, vocabulary) if bos else None
-    ids = Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
+    try:
+        ids = Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(
+            f"{vocabulary.name}: its tokens cannot be written as a tokenizer.json ({error}): use another tokenizer"
+        ) from error
     for word, i in vocabulary.control.items():
         if ids.get(word) != i:
             raise InputError(

@@ -323,7 +323,9 @@ def load_vocabulary(path: Path) -> Vocabulary:
             token_bytes[i] = bytes([int(token[3:5], 16)])
         else:
             token_bytes[i] = (token if byte_level else token.replace(META, " ")).encode()
-    for i in control.values():
+    for word, i in control.items():
+        if i >= len(token_bytes):  # the library closes holes, and gives the token another id than the file says
+            raise InputError(f"{file}: the ids before {i}, that of {word!r}, have holes: use a tokenizer without")
         token_bytes[i] = b""
     if missing := _ORDINARY - {token for token in token_bytes if len(token) == 1}:
         raise InputError(

@@ -247,3 +247,12 @@ def test_settings_of_a_tokenizer_file_that_would_change_rows_are_off(tmp_path):
     path = save(tmp_path / "t", tokenizer, LLAMA)
     assert json.loads((path / "tokenizer.json").read_text())["truncation"]
     assert load_vocabulary(path).encode([(Segment("zzzzzzzz"),)])[0].spelled
+
+
+def test_a_hole_before_a_control_token_is_named(tmp_path):
+    folder = save(tmp_path / "holes", byte_level(), CHATML)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"][-1]["id"] += 7
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match=r"tokenizer.json: the ids before .*im_end.* have holes"):
+        load_vocabulary(folder)
