@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from minalm import checkpoint, data, head, hf, losses, report
 from minalm.evaluate import measure
 from minalm.generate import generate
-from minalm.gradmag import balanced_grad
+from minalm.gradmag import accumulated_grad, balanced_grad
 from minalm.losses import LossConfig
 from minalm.model import ModelConfig, Remat, Transformer, initialize, pick
 from minalm.ngrams import LongestSuffix, longest_suffix
@@ -58,6 +58,7 @@ HERE = Path(__file__).parent
 LOWEST = {  # the smallest value that makes sense; a row of one token has nothing to predict
     "steps": 1,
     "batch_size": 1,
+    "accumulation": 1,
     "student_length": 2,
     "teacher_length": 2,
     "evaluation_rows": 1,
@@ -172,6 +173,9 @@ class Config:
 
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Numbers in the models' forward and backward passes. Trained parameters and losses are float32 in any case."""
+    accumulation: int = 1
+    """Parts that each device's rows are worked off in, one after the other: less memory, the same gradient. With gradmag
+    the weights are those of the whole batch, for which the parts are read a second time."""
     remat: Remat = "none"
     """What the backward pass computes again: nothing, all but matrix products, or all of a layer."""
     mesh: MeshConfig = MeshConfig()
@@ -195,6 +199,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and not low <= value < np.inf:
                 raise InputError(f"{_flag(name)} is {value}: it must be a number of at least {low}")
+        if self.batch_size % self.accumulation:
+            raise InputError(
+                f"--accumulation {self.accumulation} does not divide --batch-size {self.batch_size}: change one"
+            )
         if not 0.0 < self.stdlib_fraction <= 1.0:
             raise InputError(f"--stdlib-fraction is {self.stdlib_fraction}: it must be above 0 and at most 1")
         if self.clip_norm is not None and not self.clip_norm > 0.0:
@@ -388,31 +396,49 @@ def gradients(
 ) -> tuple[Transformer, dict[str, jax.Array]]:
     """The gradient of the balanced losses over the whole batch, and what to log. Runs inside shard_map."""
     dtype = jnp.dtype(config.compute_dtype)
-    chunks = batch.chunks
     all_layers = config.losses.latents > 0 and config.losses.latents_layers == "all"
+
+    def split(tree):  # this device's rows, [row, ...] to [part, row, ...]
+        return jax.tree.map(lambda rows: rows.reshape(config.accumulation, -1, *rows.shape[1:]), tree)
 
     def trunk(model: Transformer, tokens: Tokens, close):
         return model.trunk(tokens.inputs, tokens.ngram, close if all_layers else None, dtype, config.remat)
 
-    teacher_stats = teacher_states = None
-    if config.losses.needs_teacher:
-        output = trunk(fixed.teacher, batch.teacher, chunks.teacher_close)
-        teacher_stats, teacher_states = finish(
-            config, fixed.teacher, fixed.teacher_entries, batch.teacher, chunks.teacher_close, output
-        )
+    def read_teacher(part: Batch):
+        close = part.chunks.teacher_close
+        output = trunk(fixed.teacher, part.teacher, close)
+        stats, states = finish(config, fixed.teacher, fixed.teacher_entries, part.teacher, close, output)
+        return stats, None if states is None else states.swapaxes(0, 1)  # rows first
 
-    def student_trunk(student):
-        return trunk(eqx.combine(student, fixed.student), batch.student, chunks.student_close)
+    def student_trunk(student, part):
+        batch, _ = part
+        return trunk(eqx.combine(student, fixed.student), batch.student, batch.chunks.student_close)
 
-    def student_tail(student, output):
-        model = eqx.combine(student, fixed.student)
-        stats, states = finish(config, model, fixed.student_entries, batch.student, chunks.student_close, output)
-        return losses.loss_terms(config.losses, batch, stats, teacher_stats, states, teacher_states), stats
+    def student_tail(student, part, output):
+        batch, (teacher_stats, teacher_states) = part
+        model, close = eqx.combine(student, fixed.student), batch.chunks.student_close
+        stats, states = finish(config, model, fixed.student_entries, batch.student, close, output)
+        if teacher_states is not None:
+            teacher_states = teacher_states.swapaxes(0, 1)
+        terms = losses.loss_terms(config.losses, batch, stats, teacher_stats, states, teacher_states, whole)
+        return terms, stats.logp
 
-    grad, values, weights, stats = balanced_grad(student_trunk, student_tail, student, config.losses)
+    # The teacher first, so that what the losses divide by is known before the student runs.
+    parts = split(batch)
+    teacher = jax.lax.map(read_teacher, parts) if config.losses.needs_teacher else (None, None)
+    stats, states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher)
+    whole = losses.whole_batch(config.losses, batch, stats, None if states is None else states.swapaxes(0, 1))
+    if config.accumulation == 1:
+        part = batch, (stats, states)
+        grad, values, weights, logp = balanced_grad(student_trunk, student_tail, student, part, config.losses)
+    else:
+        parts = parts, teacher
+        grad, values, weights, logp = accumulated_grad(student_trunk, student_tail, student, parts, config.losses)
     metrics = {f"loss/{name}": value for name, value in zip(config.losses.names, values, strict=True)}
     metrics |= {f"weight/{name}": weight for name, weight in zip(config.losses.names, weights, strict=True)}
-    metrics["bits_per_byte"] = losses.bits_per_byte(stats.logp, chunks.student_chunk, chunks.text_bytes)
+    chunks = batch.chunks
+    logp = logp.reshape(chunks.student_chunk.shape)
+    metrics["bits_per_byte"] = losses.bits_per_byte(logp, chunks.student_chunk, chunks.text_bytes)
     return grad, metrics
 
 
@@ -577,10 +603,15 @@ def make_run_mesh(config: Config) -> Mesh:
     """The mesh of a run. Raises InputError if there are too few devices, or if it does not divide the batch."""
     fsdp, tp = config.mesh.fsdp, config.mesh.tp
     if fsdp is None:
-        fsdp = math.gcd(config.batch_size, max(1, jax.device_count() // max(1, tp)))
+        fsdp = math.gcd(config.batch_size // config.accumulation, max(1, jax.device_count() // max(1, tp)))
     mesh = make_mesh(fsdp, tp)
     if config.batch_size % fsdp:
         raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
+    if config.batch_size // fsdp % config.accumulation:
+        raise InputError(
+            f"--accumulation {config.accumulation} does not divide the {config.batch_size // fsdp} rows of each of "
+            f"--mesh.fsdp {fsdp}: change one, or --batch-size"
+        )
     return mesh
 
 

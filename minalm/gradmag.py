@@ -8,6 +8,7 @@ sum".
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, PyTree
@@ -26,24 +27,27 @@ def magnitude_weights(
 
 
 def balanced_grad(
-    trunk: Callable[[PyTree], PyTree],
-    tail: Callable[[PyTree, PyTree], tuple[Float32[Array, " loss"], PyTree]],
+    trunk: Callable[[PyTree, PyTree], PyTree],
+    tail: Callable[[PyTree, PyTree, PyTree], tuple[Float32[Array, " loss"], PyTree]],
     model: PyTree,
+    batch: PyTree,
     config: LossConfig,
 ) -> tuple[PyTree, Float32[Array, " loss"], Float32[Array, " loss"], PyTree]:
     """(gradient of the weighted sum of losses, losses, weights, auxiliary output of tail).
 
-    `trunk(model)` gives what `tail(model, trunk output)` turns into one value per loss; `model.last` is the last block.
+    `trunk(model, batch)` gives what `tail(model, batch, trunk output)` turns into one value per loss; `model.last` is
+    the last block.
     """
-    hidden, pull_trunk = jax.vjp(trunk, model)
-    losses, pull_tail, auxiliary = jax.vjp(tail, model, hidden, has_aux=True)
+    hidden, pull_trunk = jax.vjp(lambda model: trunk(model, batch), model)
+    losses, pull_tail, auxiliary = jax.vjp(
+        lambda model, hidden: tail(model, batch, hidden), model, hidden, has_aux=True
+    )
     if config.balance == "fixed":
         weights = jnp.array(config.weights, jnp.float32)
         tail_grad, hidden_grad = pull_tail(weights)
     else:
         each = [pull_tail(one_hot) for one_hot in jnp.eye(len(config.names), dtype=jnp.float32)]
-        norms = jnp.sqrt(jnp.stack([squared_norm(grad.last) for grad, _ in each]))
-        weights = magnitude_weights(norms, config.weights, config.preserve_magnitude)
+        weights = _weights([grad.last for grad, _ in each], config)
 
         def weighted(*leaves):
             total = sum(weight * leaf.astype(jnp.float32) for weight, leaf in zip(weights, leaves, strict=True))
@@ -52,3 +56,53 @@ def balanced_grad(
         tail_grad, hidden_grad = jax.tree.map(weighted, *each)
     (trunk_grad,) = pull_trunk(hidden_grad)
     return jax.tree.map(jnp.add, tail_grad, trunk_grad), losses, weights, auxiliary
+
+
+def accumulated_grad(
+    trunk: Callable[[PyTree, PyTree], PyTree],
+    tail: Callable[[PyTree, PyTree, PyTree], tuple[Float32[Array, " loss"], PyTree]],
+    model: PyTree,
+    parts: PyTree,
+    config: LossConfig,
+) -> tuple[PyTree, Float32[Array, " loss"], Float32[Array, " loss"], PyTree]:
+    """What `balanced_grad` gives for the batch whose parts are the leading axis of `parts`, with the memory of one part.
+
+    The losses of the parts add up to those of the batch. So do their gradients in the last block, and the weights are
+    formed of the norms of these sums: for them the parts are run twice, first to the last block's gradients alone.
+    """
+
+    def added(total, part):
+        return jax.tree.map(jnp.add, total, part)
+
+    if config.balance == "fixed":
+        weights = jnp.array(config.weights, jnp.float32)
+    else:
+
+        def last_grads(totals, part):
+            hidden = trunk(model, part)
+            _, pull, _ = jax.vjp(
+                lambda last: tail(eqx.tree_at(lambda m: m.last, model, last), part, hidden), model.last, has_aux=True
+            )
+            each = [pull(one_hot)[0] for one_hot in jnp.eye(len(config.names), dtype=jnp.float32)]
+            return added(totals, each), None
+
+        nothing = [jax.tree.map(jnp.zeros_like, model.last) for _ in config.names]
+        each, _ = jax.lax.scan(last_grads, nothing, parts)
+        weights = _weights(each, config)
+
+    def weighted_grad(totals, part):
+        def loss(model):
+            losses, auxiliary = tail(model, part, trunk(model, part))
+            return jnp.sum(weights * losses), (losses, auxiliary)
+
+        grad, (losses, auxiliary) = jax.grad(loss, has_aux=True)(model)
+        return added(totals, (grad, losses)), auxiliary
+
+    nothing = jax.tree.map(jnp.zeros_like, model), jnp.zeros(len(config.names), jnp.float32)
+    (grad, losses), auxiliary = jax.lax.scan(weighted_grad, nothing, parts)
+    return grad, losses, weights, auxiliary
+
+
+def _weights(last_grads: list[PyTree], config: LossConfig) -> Float32[Array, " loss"]:
+    norms = jnp.sqrt(jnp.stack([squared_norm(grad) for grad in last_grads]))
+    return magnitude_weights(norms, config.weights, config.preserve_magnitude)

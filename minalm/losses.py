@@ -1,7 +1,7 @@
 """The losses: arithmetic on [batch, time] and [batch, chunk] arrays, averaged over the whole batch on every mesh.
 
-To add a loss: write a function of what `loss_terms` has at hand that ends in `global_mean`, give it a weight in
-LossConfig and its name in LossConfig.names, and add its line to `loss_terms`.
+To add a loss: write a function of what `loss_terms` has at hand that ends in `mean`, by a count of `WholeBatch`; give it
+a weight in LossConfig and its name in LossConfig.names, and add its line to `loss_terms`.
 
 l is the log-probability of a chunk, p = exp(l / tau); subscripts T teacher, S student. Sections and equations are those
 of Minixhofer, Vulić, Ponti: Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching (arXiv
@@ -12,9 +12,10 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from minalm.sharding import rows_sum
 from minalm.text import InputError
@@ -188,33 +189,104 @@ def divergence(
 # --- the losses ---------------------------------------------------------------------------------------------------
 
 
-def global_mean(values: Float[Array, "*shape"], counted: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """The mean of the counted values over the whole batch; 0 where none is counted."""
-    total, count = rows_sum(jnp.sum(jnp.where(counted > 0.0, values * counted, 0.0))), rows_sum(jnp.sum(counted))
-    return total / jnp.maximum(count, 1.0)
+class WholeBatch(eqx.Module):
+    """What the losses divide by. It is taken over all rows of all devices before the student is run, so that the losses
+    of a batch in parts (gradient accumulation) add up to that of the whole."""
+
+    targets: Float32[Array, ""]  # counted targets of the student
+    groups: Float32[Array, ""] | None  # groups of chunks with targets; None: no alm
+    chunks: Float32[Array, ""]  # chunks whose hidden states are compared
+    teacher_size: Float32[Array, "depth 1 1 embed_or_1"] | None  # see latents_size; None: no latents
 
 
-def next_token(stats: TokenStats, weight: Float[Array, "batch time"]) -> Float[Array, ""]:
+def whole_batch(
+    config: LossConfig,
+    batch: Batch,
+    teacher: TokenStats | None,
+    teacher_states: Float[Array, "depth batch chunk embed"] | None,
+) -> WholeBatch:
+    """Counts and sizes of all rows; the arrays hold this device's."""
+    compared = compares(batch.chunks)
+    return WholeBatch(
+        targets=total(batch.student.weight),
+        groups=total(teacher_groups(teacher, batch.chunks, config)[0].end >= 0) if config.alm else None,
+        chunks=total(compared),
+        teacher_size=latents_size(teacher_states, compared, config.latents_norm) if config.latents else None,
+    )
+
+
+def total(values: Shaped[Array, "*shape"]) -> Float32[Array, ""]:
+    """The sum over the rows of all devices."""
+    return rows_sum(jnp.sum(values.astype(jnp.float32)))
+
+
+def mean(
+    values: Float[Array, "*shape"], counted: Shaped[Array, "*shape"], count: Float32[Array, ""]
+) -> Float[Array, ""]:
+    """The sum of the counted values of these rows over the count of the whole batch; 0 where nothing is counted."""
+    counted = counted.astype(jnp.float32)
+    return total(jnp.where(counted > 0.0, values * counted, 0.0)) / jnp.maximum(count, 1.0)
+
+
+def next_token(stats: TokenStats, weight: Float[Array, "batch time"], count: Float32[Array, ""]) -> Float[Array, ""]:
     """Cross-entropy of the student's own tokens, nats per counted token."""
-    return global_mean(-stats.logp, weight)
+    return mean(-stats.logp, weight, count)
 
 
-def alm(student: TokenStats, teacher: TokenStats, chunks: AlignedChunks, config: LossConfig) -> Float[Array, ""]:
-    """Approximate likelihood matching: the mean divergence over the non-empty chunks (equation 5)."""
+def teacher_groups(
+    teacher: TokenStats, chunks: AlignedChunks, config: LossConfig
+) -> tuple[Groups, Bool[Array, "batch chunk"], Float32[Array, "batch chunk"]]:
+    """(groups of chunks, which chunks have targets, log-probability of each group) by the teacher."""
+    logp, count, boundary = chunk_sums(teacher, chunks.teacher_chunk, chunks.teacher_close)
+    filled = count > 0.0
+    may_end = {
+        "unconstrained": jnp.ones_like(filled),
+        "space": chunks.before_space,
+        "merged": boundary > math.log(max(config.gamma, 1e-30)),
+    }
+    groups = merge(filled, may_end[config.chunks] & (chunks.teacher_close >= 0))
+    logp = groups.total(logp)
+    return groups, filled, logp + groups.at_end(boundary) if config.debias else logp
+
+
+def alm(
+    student: TokenStats, teacher: TokenStats, chunks: AlignedChunks, config: LossConfig, count: Float32[Array, ""]
+) -> Float[Array, ""]:
+    """Approximate likelihood matching: the mean divergence over the groups of chunks that have targets (equation 5)."""
+    groups, filled, t_logp = teacher_groups(teacher, chunks, config)
     s_logp, _, s_boundary = chunk_sums(student, chunks.student_chunk, chunks.student_close)
-    t_logp, t_count, t_boundary = chunk_sums(teacher, chunks.teacher_chunk, chunks.teacher_close)
-    filled = t_count > 0.0
-    if config.chunks != "unconstrained":
-        passes = chunks.before_space if config.chunks == "space" else t_boundary > math.log(max(config.gamma, 1e-30))
-        groups = merge(filled, passes & (chunks.teacher_close >= 0))
-        s_logp, t_logp = groups.total(jnp.where(filled, s_logp, 0.0)), groups.total(jnp.where(filled, t_logp, 0.0))
-        s_boundary, t_boundary = groups.at_end(s_boundary), groups.at_end(t_boundary)
-        filled = groups.end >= 0
+    s_logp = groups.total(jnp.where(filled, s_logp, 0.0))
     if config.debias:
-        s_logp, t_logp = s_logp + s_boundary, t_logp + t_boundary
-    # Columns without a chunk get a harmless value before the divergence, so that no NaN reaches the gradient.
-    s_logp, t_logp = jnp.where(filled, s_logp, -1.0), jnp.where(filled, t_logp, -1.0)
-    return global_mean(divergence(t_logp, s_logp, config), filled.astype(jnp.float32))
+        s_logp = s_logp + groups.at_end(s_boundary)
+    counted = groups.end >= 0
+    # Columns without a group get a harmless value before the divergence, so that no NaN reaches the gradient.
+    s_logp, t_logp = jnp.where(counted, s_logp, -1.0), jnp.where(counted, t_logp, -1.0)
+    return mean(divergence(t_logp, s_logp, config), counted, count)
+
+
+def compares(chunks: AlignedChunks) -> Bool[Array, "batch chunk"]:
+    """The chunks whose hidden states are compared: complete on both sides, that of bos included."""
+    return (chunks.student_close >= 0) & (chunks.teacher_close >= 0)
+
+
+def channel_sums(
+    values: Float32[Array, "depth batch chunk embed"], counted: Bool[Array, "batch chunk"]
+) -> Float32[Array, "depth 1 1 embed"]:
+    """Sums over the counted chunks of all devices, of each layer and channel."""
+    return rows_sum(jnp.sum(jnp.where(counted[None, :, :, None], values, 0.0), axis=(1, 2), keepdims=True))
+
+
+def latents_power(states: Float[Array, "*shape"], norm: LatentsNorm) -> Float32[Array, "*shape"]:
+    """|x|^n of hidden states or their differences."""
+    return (jnp.square if norm.startswith("l2") else jnp.abs)(states.astype(jnp.float32))
+
+
+def latents_size(
+    teacher: Float[Array, "depth batch chunk embed"], counted: Bool[Array, "batch chunk"], norm: LatentsNorm
+) -> Float32[Array, "depth 1 1 embed_or_1"]:
+    """The mean of |t|^n over the counted chunks of all rows, of each channel, or over the channels too."""
+    size = channel_sums(latents_power(teacher, norm), counted) / jnp.maximum(total(counted), 1.0)
+    return size if norm.endswith("channelwise") else jnp.mean(size, axis=-1, keepdims=True)
 
 
 def latents(
@@ -222,22 +294,14 @@ def latents(
     teacher: Float[Array, "depth batch chunk embed"],
     counted: Bool[Array, "batch chunk"],
     norm: LatentsNorm,
+    count: Float32[Array, ""],
+    size: Float32[Array, "depth 1 1 embed_or_1"],
 ) -> Float[Array, ""]:
     """The distance between hidden states at the last token of each chunk, relative to the teacher's size: the mean
-    over layers, counted chunks and channels of |s - t|^n / (mean of |t|^n + 1e-8), that mean over the counted chunks of
-    the whole batch for each channel, or over the channels too (section 3.4)."""
-    power = jnp.square if norm.startswith("l2") else jnp.abs
-    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    shown = counted[None, :, :, None]
-    count = jnp.maximum(rows_sum(jnp.sum(counted.astype(jnp.float32))), 1.0)
-
-    def mean(values):  # over the counted chunks: [depth, 1, 1, embed]
-        return rows_sum(jnp.sum(jnp.where(shown, values, 0.0), axis=(1, 2), keepdims=True)) / count
-
-    size = mean(power(teacher))
-    if not norm.endswith("channelwise"):
-        size = jnp.mean(size, axis=-1, keepdims=True)
-    return jnp.mean(mean(power(student - teacher)) / (size + 1e-8))
+    over layers, counted chunks and channels of |s - t|^n / (size + 1e-8) (section 3.4)."""
+    difference = student.astype(jnp.float32) - teacher.astype(jnp.float32)
+    distance = channel_sums(latents_power(difference, norm), counted) / jnp.maximum(count, 1.0)
+    return jnp.mean(distance / (size + 1e-8))
 
 
 def loss_terms(
@@ -247,16 +311,20 @@ def loss_terms(
     teacher: TokenStats | None,
     student_states: Float[Array, "depth batch chunk embed"] | None,
     teacher_states: Float[Array, "depth batch chunk embed"] | None,
+    whole: WholeBatch,
 ) -> Float32[Array, " loss"]:
-    """The value of each loss that is on, in the order of `config.names`."""
+    """What these rows add to each loss that is on, in the order of `config.names`; `whole` is of the batch that they are
+    a part of, or all."""
     terms = {}
     if config.sft:
-        terms["sft"] = next_token(student, batch.student.weight)
+        terms["sft"] = next_token(student, batch.student.weight, whole.targets)
     if config.alm:
-        terms["alm"] = alm(student, teacher, batch.chunks, config)
+        terms["alm"] = alm(student, teacher, batch.chunks, config, whole.groups)
     if config.latents:
-        counted = (batch.chunks.student_close >= 0) & (batch.chunks.teacher_close >= 0)
-        terms["latents"] = latents(student_states, teacher_states, counted, config.latents_norm)
+        compared = compares(batch.chunks)
+        terms["latents"] = latents(
+            student_states, teacher_states, compared, config.latents_norm, whole.chunks, whole.teacher_size
+        )
     return jnp.stack([terms[name] for name in config.names])
 
 
@@ -266,6 +334,6 @@ def bits_per_byte(
     """-log2 p of the text in chunks over its UTF-8 bytes; neither control tokens count nor chunks without a target."""
     size = text_bytes.shape[1]
     counted = (text_bytes > 0) & (sum_by(jnp.ones_like(logp), chunk, size) > 0.0)
-    nats = rows_sum(jnp.sum(jnp.where(counted, -sum_by(logp, chunk, size), 0.0)))
-    count = rows_sum(jnp.sum(jnp.where(counted, text_bytes, 0))).astype(jnp.float32)
+    nats = total(jnp.where(counted, -sum_by(logp, chunk, size), 0.0))
+    count = total(jnp.where(counted, text_bytes, 0))
     return nats / jnp.maximum(count, 1.0) / math.log(2.0)

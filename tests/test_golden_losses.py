@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_batch import alm, latents, next_token
 
 from minalm import losses
 from minalm.gradmag import magnitude_weights
 from minalm.head import Entries, token_stats
-from minalm.losses import LossConfig, alm, chunk_sums, latents, next_token
+from minalm.losses import LossConfig, chunk_sums
 from minalm.sharding import P, make_mesh, rows_sum
 from minalm.types import AlignedChunks
 

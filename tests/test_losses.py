@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import whole_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,7 +175,7 @@ CONFIGS = (
 
 @on_one_device
 def every_alm(student, teacher, chunks):
-    return jnp.stack([losses.alm(student, teacher, chunks, config) for config in CONFIGS])
+    return jnp.stack([whole_batch.alm(student, teacher, chunks, config) for config in CONFIGS])
 
 
 @settings(max_examples=60, deadline=None)
@@ -239,7 +240,7 @@ def test_bits_per_byte(chunks, seed):
     np.testing.assert_allclose(found, nats / max(size, 1) / math.log(2), rtol=1e-5)
 
 
-next_token = on_one_device(jax.value_and_grad(losses.next_token), (P(), ROWS))
+next_token = on_one_device(jax.value_and_grad(whole_batch.next_token), (P(), ROWS))
 
 
 @pytest.mark.parametrize("share", (1.0, 0.5, 0.1))
@@ -262,7 +263,7 @@ def random_states(seed, depth=2, embed=5):
 
 @on_one_device
 def every_latents(states, counted):
-    return jnp.stack([losses.latents(*(s.swapaxes(0, 1) for s in states), counted, norm) for norm in NORMS])
+    return jnp.stack([whole_batch.latents(*(s.swapaxes(0, 1) for s in states), counted, norm) for norm in NORMS])
 
 
 @pytest.mark.parametrize("share", (1.0, 0.5, 0.1))
@@ -358,7 +359,8 @@ def test_nothing_counted_is_zero_with_zero_gradient():
     def gradient_and_value(student, states, teacher, batch):
         def terms(student, states):
             states = [s.swapaxes(0, 1) for s in states]
-            return losses.loss_terms(config, batch, student, teacher, *states)
+            whole = losses.whole_batch(config, batch, teacher, states[1])
+            return losses.loss_terms(config, batch, student, teacher, *states, whole)
 
         value = terms(student, states)
         return value, jax.grad(lambda *x: jnp.sum(terms(*x)), (0, 1))(student, states)
@@ -371,7 +373,7 @@ def test_nothing_counted_is_zero_with_zero_gradient():
 
 def _every_alm_gradient(student, teacher, chunks):
     """By the student's statistics, [batch, config, time]."""
-    each = [jax.grad(lambda s: losses.alm(s, teacher, chunks, config))(student) for config in FINITE_CONFIGS]
+    each = [jax.grad(lambda s: whole_batch.alm(s, teacher, chunks, config))(student) for config in FINITE_CONFIGS]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *each)
 
 

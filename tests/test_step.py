@@ -202,15 +202,29 @@ def test_rematerialisation_does_not_change_gradients(reference):
     assert_near(grad, reference[0], 1e-6)
 
 
+@pytest.mark.parametrize("fsdp, tp, parts", ((1, 1, 4), (2, 4, 8), (4, 2, 2)))
+def test_a_batch_in_parts_gives_the_same_losses_weights_and_gradients(reference, fsdp, tp, parts):
+    """Balanced by the norms of the whole batch's gradients: row 0 is empty, so no two parts have the same counts."""
+    grad, metrics = gradients(settings(accumulation=parts), fsdp, tp, *models())
+    assert_near(metrics, reference[1], 1e-5)
+    assert_near(grad, reference[0], 1e-5)
+
+
+def test_another_recipe_in_parts(another):
+    grad, metrics = gradients(dataclasses.replace(ANOTHER, accumulation=4), 1, 1, *another_models())
+    assert_near(metrics, another[1], 1e-5)
+    assert_near(grad, another[0], 1e-5)
+
+
 # --- balancing ----------------------------------------------------------------------------------------------------
 
 
-def two_passes(trunk, tail, model, config):
+def two_passes(trunk, tail, model, batch, config):
     """GradMag as it is defined: weights from the gradients of the last block; then the gradient of the weighted sum."""
 
     def of_last(last, number):
         whole = eqx.tree_at(lambda m: m.last, model, last)
-        return tail(whole, trunk(whole))[0][number]
+        return tail(whole, batch, trunk(whole, batch))[0][number]
 
     if config.balance == "fixed":
         weights = jnp.array(config.weights, jnp.float32)
@@ -225,7 +239,7 @@ def two_passes(trunk, tail, model, config):
         weights = inverse / jnp.sum(inverse) if config.preserve_magnitude else inverse
 
     def total(model):
-        values, auxiliary = tail(model, trunk(model))
+        values, auxiliary = tail(model, batch, trunk(model, batch))
         return jnp.sum(jax.lax.stop_gradient(weights) * values), (values, auxiliary)
 
     grad, (values, auxiliary) = jax.grad(total, has_aux=True)(model)
