@@ -50,7 +50,8 @@ def next_logits(
 
 def empty_caches(model: Transformer, batch: int, length: int, mesh: Mesh, dtype: jnp.dtype) -> tuple[Cache, Cache]:
     """Room for `length` positions of each row."""
-    shape = (batch, length, model.config.kv_heads, model.config.head_dim)
+    kv_heads = max(model.config.kv_heads, mesh.shape["tp"])  # one that several devices share is held by each
+    shape = (batch, length, kv_heads, model.config.head_dim)
     shapes = (model.config.layers - 1, *shape), shape
 
     def cache(shape, layout):

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from minalm import layers
-from minalm.sharding import gather, lookup, param, tp_slice, tp_sum
+from minalm.sharding import TP_OR_WHOLE, gather, lookup, param, tp_share, tp_size, tp_sum
 
 EVERYTHING = 2**30  # a window no sequence fills: full attention
 
@@ -151,12 +151,12 @@ class ModelConfig:
 
 class Attention(eqx.Module):
     q: Float[Array, "*stack embed heads head_dim"] = param("fsdp", "tp", None)
-    k: Float[Array, "*stack embed kv_heads head_dim"] = param("fsdp", "tp", None)
-    v: Float[Array, "*stack embed kv_heads head_dim"] = param("fsdp", "tp", None)
+    k: Float[Array, "*stack embed kv_heads head_dim"] = param("fsdp", TP_OR_WHOLE, None)
+    v: Float[Array, "*stack embed kv_heads head_dim"] = param("fsdp", TP_OR_WHOLE, None)
     o: Float[Array, "*stack heads head_dim embed"] = param("tp", None, "fsdp")
-    q_bias: Float[Array, "*stack heads_x_head_dim"] | None = param("tp")
-    k_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param("tp")
-    v_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param("tp")
+    q_bias: Float[Array, "*stack heads_x_head_dim"] | None = param(None)
+    k_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param(None)
+    v_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param(None)
     q_norm: Float[Array, "*stack q_norm"] | None = param(None)  # head_dim, or heads * head_dim
     k_norm: Float[Array, "*stack k_norm"] | None = param(None)
 
@@ -196,9 +196,11 @@ class Block(eqx.Module):
         def norm(value, weight):
             return value if weight is None else layers.rms_norm(value, weight, config.norm_eps, config.norm_plus_one)
 
-        def project(value, weight, bias):
+        def project(value, weight, bias, heads):
+            if weight.shape[1] == heads:  # not divided over tp, or there is one device
+                weight = tp_share(weight, axis=1)
             projected = layers.project(value, weight)
-            return projected if bias is None else projected + bias.reshape(projected.shape[2:])
+            return projected if bias is None else projected + tp_share(bias.reshape(heads, -1))
 
         def rotate(value, weight):
             if weight is not None:
@@ -206,9 +208,9 @@ class Block(eqx.Module):
             return layers.rope(value, positions, varying.inverse_frequencies, varying.rope_magnitude)
 
         normed, attention = norm(x, weights.attention_norm), weights.attention
-        q = rotate(project(normed, attention.q, attention.q_bias), attention.q_norm)
-        k = rotate(project(normed, attention.k, attention.k_bias), attention.k_norm)
-        v = project(normed, attention.v, attention.v_bias)
+        q = rotate(project(normed, attention.q, attention.q_bias, config.heads), attention.q_norm)
+        k = rotate(project(normed, attention.k, attention.k_bias, config.kv_heads), attention.k_norm)
+        v = project(normed, attention.v, attention.v_bias, config.kv_heads)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
@@ -230,8 +232,9 @@ def head_norm(
     if config.qk_norm == "head":
         return layers.rms_norm(x, weight, config.norm_eps, config.norm_plus_one)
     flat = x.reshape(*x.shape[:2], -1)
-    mean_square = tp_sum(jnp.sum(jnp.square(flat.astype(jnp.float32)), -1, keepdims=True)) / weight.shape[0]
-    weight = tp_slice(weight, flat.shape[-1])
+    squares = jnp.sum(jnp.square(flat.astype(jnp.float32)), -1, keepdims=True)
+    mean_square = tp_sum(squares) / (tp_size() * flat.shape[-1])  # heads that devices share count once for each
+    weight = tp_share(weight.reshape(-1, config.head_dim)).reshape(-1)
     return layers.rms_norm(flat, weight, config.norm_eps, config.norm_plus_one, mean_square).reshape(x.shape)
 
 

@@ -21,6 +21,7 @@ from minalm.text import InputError
 
 ROWS = P("fsdp")  # the layout of every array of a batch
 REPLICATED = P()
+TP_OR_WHOLE = "tp or whole"  # of key and value heads: divided over tp; or, where tp is a multiple of them, not at all
 
 
 def make_mesh(fsdp: int, tp: int) -> Mesh:
@@ -60,16 +61,21 @@ def _layouts(tree: PyTree) -> PyTree:
 def specs(tree: PyTree, mesh: Mesh) -> PyTree:
     """The PartitionSpec of every array of a tree of modules. Raises InputError where an axis does not divide."""
 
-    def checked(path, leaf, spec):
-        for size, axis in zip(leaf.shape, spec):
-            if axis is not None and size % mesh.shape[axis]:
-                raise InputError(
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')} has a dimension of {size}, "
-                    f"which --mesh.{axis} {mesh.shape[axis]} does not divide: choose a mesh that does"
-                )
-        return spec
+    def checked(path, size, axis):
+        if axis == TP_OR_WHOLE:
+            axis = None if mesh.shape["tp"] % size == 0 and mesh.shape["tp"] > size else "tp"
+        if axis is not None and size % mesh.shape[axis]:
+            raise InputError(
+                f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')} has a dimension of {size}, "
+                f"which --mesh.{axis} {mesh.shape[axis]} does not divide: choose a mesh that does"
+            )
+        return axis
 
-    return jax.tree_util.tree_map_with_path(checked, tree, _layouts(tree))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, spec: P(*(checked(path, size, axis) for size, axis in zip(leaf.shape, spec))),
+        tree,
+        _layouts(tree),
+    )
 
 
 def shardings(spec_tree: PyTree, mesh: Mesh) -> PyTree:
@@ -159,9 +165,17 @@ def tp_offset(size: int) -> Int[Array, ""]:
     return jax.lax.axis_index("tp") * size
 
 
-def tp_slice(x: Shaped[Array, "..."], size: int) -> Shaped[Array, "..."]:
-    """This device's slice of a leading dimension that is stored whole but used in slices of `size` over `tp`."""
-    return jax.lax.dynamic_slice_in_dim(x, tp_offset(size), size)
+def tp_size() -> int:
+    """How many devices divide heads, hidden units and entries."""
+    return jax.lax.axis_size("tp")
+
+
+def tp_share(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
+    """This device's part of a dimension that is stored whole but used in parts over `tp`; of one that is shorter than
+    `tp`, the one element that this device shares with its neighbours."""
+    size = x.shape[axis]
+    start = jax.lax.axis_index("tp") * size // tp_size()
+    return jax.lax.dynamic_slice_in_dim(x, start, max(size // tp_size(), 1), axis)
 
 
 def rows_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
@@ -170,9 +184,10 @@ def rows_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 
 
 def squared_norm(module: PyTree) -> Float[Array, ""]:
-    """The sum of squares over all elements of a module of parameters or gradients, each counted once."""
+    """The sum of squares over all elements of a module of parameters or gradients, each counted once: summed over the
+    axes of the mesh that a leaf differs over."""
 
-    def of_leaf(leaf, spec):
-        return jax.lax.psum(jnp.sum(jnp.square(leaf)), tuple(axis for axis in spec if axis is not None))
+    def of_leaf(leaf):
+        return jax.lax.psum(jnp.sum(jnp.square(leaf)), tuple(sorted(jax.typeof(leaf).manual_axis_type.varying)))
 
-    return sum(jax.tree.leaves(jax.tree.map(of_leaf, module, _layouts(module))))
+    return sum(map(of_leaf, jax.tree.leaves(module)))
