@@ -37,7 +37,7 @@ from minalm.gradmag import accumulated_grad, balanced_grad
 from minalm.losses import LossConfig
 from minalm.model import ModelConfig, Remat, Transformer, initialize, pick
 from minalm.ngrams import LongestSuffix, longest_suffix
-from minalm.sharding import ROWS, P, make_mesh, place, place_rows, shardings, specs
+from minalm.sharding import ROWS, P, make_mesh, on_mesh, place, place_rows, shardings, specs
 from minalm.stdlib_text import stdlib_documents
 from minalm.student import (
     Usage,
@@ -424,15 +424,18 @@ def gradients(
         return terms, stats.logp
 
     # The teacher first, so that what the losses divide by is known before the student runs.
-    parts = split(batch)
-    teacher = jax.lax.map(read_teacher, parts) if config.losses.needs_teacher else (None, None)
-    stats, states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), teacher)
+    teacher = None, None
+    if config.losses.needs_teacher and config.accumulation == 1:
+        teacher = read_teacher(batch)
+    elif config.losses.needs_teacher:
+        teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(read_teacher, split(batch)))
+    stats, states = teacher
     whole = losses.whole_batch(config.losses, batch, stats, None if states is None else states.swapaxes(0, 1))
     if config.accumulation == 1:
-        part = batch, (stats, states)
+        part = batch, teacher
         grad, values, weights, logp = balanced_grad(student_trunk, student_tail, student, part, config.losses)
     else:
-        parts = parts, teacher
+        parts = split((batch, teacher))
         grad, values, weights, logp = accumulated_grad(student_trunk, student_tail, student, parts, config.losses)
     metrics = {f"loss/{name}": value for name, value in zip(config.losses.names, values, strict=True)}
     metrics |= {f"weight/{name}": weight for name, weight in zip(config.losses.names, weights, strict=True)}
@@ -447,9 +450,9 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update. optax runs here, outside shard_map, where a norm is the norm of the whole gradient."""
     layout = specs(state.student, mesh)
-    grad, metrics = jax.shard_map(
+    grad, metrics = on_mesh(
         functools.partial(gradients, config),
-        mesh=mesh,
+        mesh,
         in_specs=(layout, specs(fixed, mesh), jax.tree.map(lambda _: ROWS, batch)),
         out_specs=(layout, P()),
     )(state.student, fixed, batch)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32
 from minalm.head import Entries, token_stats
 from minalm.losses import chunk_sums
 from minalm.model import Transformer
-from minalm.sharding import ROWS, P, place_rows, rows_sum, specs
+from minalm.sharding import ROWS, P, on_mesh, place_rows, rows_sum, specs
 from minalm.text import InputError
 from minalm.types import Batch, Tokens, TokenStats
 
@@ -52,9 +52,8 @@ def batch_sums(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
 def _sums(models: tuple, batch: Batch, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Float32[Array, ""]]:
-    on_mesh = functools.partial(batch_sums, dtype=dtype)
     layout = *specs(models, mesh), ROWS
-    return jax.shard_map(on_mesh, mesh=mesh, in_specs=layout, out_specs=P())(*models, batch)
+    return on_mesh(functools.partial(batch_sums, dtype=dtype), mesh, in_specs=layout, out_specs=P())(*models, batch)
 
 
 def measure(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
 from minalm.head import Entries, block_logits
 from minalm.model import Cache, Transformer
-from minalm.sharding import ROWS, P, gather_channels, shardings, specs
+from minalm.sharding import ROWS, P, gather_channels, on_mesh, shardings, specs
 
 Ngrams = Callable[[Int[np.ndarray, "batch time"]], Int[np.ndarray, "batch time"]]
 CACHE_LAYOUT = P(None, "fsdp", None, "tp", None), P("fsdp", None, "tp", None)  # of the stacked blocks, of the last
@@ -90,9 +90,9 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     step = jax.jit(
-        jax.shard_map(
+        on_mesh(
             functools.partial(next_logits, dtype=dtype),
-            mesh=mesh,
+            mesh,
             in_specs=(*specs((model, entries), mesh), CACHE_LAYOUT, ROWS, None if ngrams is None else ROWS, ROWS, ROWS),
             out_specs=(P("fsdp", "tp"), CACHE_LAYOUT),
         ),

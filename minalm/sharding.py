@@ -2,11 +2,16 @@
 
 Two axes. Over `fsdp` the rows of a batch are divided, and every large parameter is stored in slices that are gathered
 just before use. Over `tp` heads, hidden units of the MLP and vocabulary entries are divided. All functions that issue a
-collective run inside `jax.shard_map(..., check_vma=True)`: there the transpose of a gather is the reduce-scatter of the
-gradient, and the gradient of a replicated parameter is summed, so gradients are complete where `shard_map` ends.
+collective run inside `on_mesh`, which is `jax.shard_map(..., check_vma=True)`: there the transpose of a gather is the
+reduce-scatter of the gradient, and the gradient of a replicated parameter is summed, so gradients are complete where
+`shard_map` ends.
+
+An axis of one device divides nothing: no layout names it, and collectives over it are left out. XLA would keep them, on
+CPU with two transposed copies of every gathered array.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -64,7 +69,9 @@ def specs(tree: PyTree, mesh: Mesh) -> PyTree:
     def checked(path, size, axis):
         if axis == TP_OR_WHOLE:
             axis = None if mesh.shape["tp"] % size == 0 and mesh.shape["tp"] > size else "tp"
-        if axis is not None and size % mesh.shape[axis]:
+        if axis is None or mesh.shape[axis] == 1:
+            return None
+        if size % mesh.shape[axis]:
             raise InputError(
                 f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')} has a dimension of {size}, "
                 f"which --mesh.{axis} {mesh.shape[axis]} does not divide: choose a mesh that does"
@@ -78,9 +85,26 @@ def specs(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def _divided(spec_tree: PyTree, mesh: Mesh) -> PyTree:
+    """PartitionSpecs without the axes that have one device."""
+
+    def divided(spec):
+        return P(*(None if axis is None or mesh.shape[axis] == 1 else axis for axis in spec))
+
+    return jax.tree.map(divided, spec_tree, is_leaf=lambda x: isinstance(x, P))
+
+
 def shardings(spec_tree: PyTree, mesh: Mesh) -> PyTree:
     """PartitionSpecs as the NamedShardings that `jax.device_put` and `jax.jit` want."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), _divided(spec_tree, mesh), is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+def on_mesh(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
+    """`jax.shard_map` of a function whose collectives are those of this file."""
+    in_specs, out_specs = _divided(in_specs, mesh), _divided(out_specs, mesh)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
 
 
 def place(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
@@ -109,10 +133,14 @@ def place(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
 
 def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:
     """A batch laid out on the mesh: rows divided over `fsdp`."""
-    return jax.device_put(batch, NamedSharding(mesh, ROWS))
+    return jax.device_put(batch, shardings(ROWS, mesh))
 
 
-# --- inside shard_map ---------------------------------------------------------------------------------------------
+# --- inside on_mesh -----------------------------------------------------------------------------------------------
+
+
+def _all_gather(x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+    return x if jax.lax.axis_size("fsdp") == 1 else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
 
 
 def gather(module: PyTree, dtype: jnp.dtype) -> PyTree:
@@ -122,7 +150,7 @@ def gather(module: PyTree, dtype: jnp.dtype) -> PyTree:
         leaf = leaf.astype(dtype)
         for axis, name in enumerate(spec):
             if name == "fsdp":
-                leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
+                leaf = _all_gather(leaf, axis)
         return leaf
 
     return jax.tree.map(whole, module, _layouts(module))
@@ -130,7 +158,7 @@ def gather(module: PyTree, dtype: jnp.dtype) -> PyTree:
 
 def gather_channels(table: Float[Array, "vocab slice"], dtype: jnp.dtype) -> Float[Array, "vocab embed"]:
     """A table's rows with all their channels; its entries stay divided over `tp`."""
-    return jax.lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
+    return _all_gather(table.astype(dtype), 1)
 
 
 def lookup(
@@ -142,27 +170,12 @@ def lookup(
     both, is never gathered. Rows are cast to the compute dtype once they are found: the gradient of a row is a sum over
     all its occurrences, thousands for a frequent byte, which bfloat16 could not add up.
     """
-    ids = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
-    local = ids - jax.lax.axis_index("tp") * table.shape[0]
+    local = _all_gather(ids, 0) - tp_offset(table.shape[0])
     held = (local >= 0) & (local < table.shape[0])
-    rows = jnp.where(held[..., None], table[jnp.where(held, local, 0)].astype(dtype), 0)
-    rows = jax.lax.psum(rows, "tp")
+    rows = tp_sum(jnp.where(held[..., None], table[jnp.where(held, local, 0)].astype(dtype), 0))
+    if jax.lax.axis_size("fsdp") == 1:
+        return rows
     return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
-
-
-def tp_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """The sum over `tp`: completes a product whose contracted dimension is divided."""
-    return jax.lax.psum(x, "tp")
-
-
-def tp_max(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """The maximum over `tp`, without gradient."""
-    return jax.lax.pmax(jax.lax.stop_gradient(x), "tp")
-
-
-def tp_offset(size: int) -> Int[Array, ""]:
-    """Where this device's slice of a dimension divided over `tp` begins, for slices of `size`."""
-    return jax.lax.axis_index("tp") * size
 
 
 def tp_size() -> int:
@@ -170,9 +183,27 @@ def tp_size() -> int:
     return jax.lax.axis_size("tp")
 
 
+def tp_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The sum over `tp`: completes a product whose contracted dimension is divided."""
+    return x if tp_size() == 1 else jax.lax.psum(x, "tp")
+
+
+def tp_max(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """The maximum over `tp`, without gradient."""
+    x = jax.lax.stop_gradient(x)
+    return x if tp_size() == 1 else jax.lax.pmax(x, "tp")
+
+
+def tp_offset(size: int) -> Int[Array, ""] | int:
+    """Where this device's slice of a dimension divided over `tp` begins, for slices of `size`."""
+    return 0 if tp_size() == 1 else jax.lax.axis_index("tp") * size
+
+
 def tp_share(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
     """This device's part of a dimension that is stored whole but used in parts over `tp`; of one that is shorter than
     `tp`, the one element that this device shares with its neighbours."""
+    if tp_size() == 1:
+        return x
     size = x.shape[axis]
     start = jax.lax.axis_index("tp") * size // tp_size()
     return jax.lax.dynamic_slice_in_dim(x, start, max(size // tp_size(), 1), axis)
@@ -180,7 +211,7 @@ def tp_share(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
 
 def rows_sum(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """The sum over the devices that hold different rows of the batch: local sums become sums over the whole batch."""
-    return jax.lax.psum(x, "fsdp")
+    return x if jax.lax.axis_size("fsdp") == 1 else jax.lax.psum(x, "fsdp")
 
 
 def squared_norm(module: PyTree) -> Float[Array, ""]:
@@ -188,6 +219,7 @@ def squared_norm(module: PyTree) -> Float[Array, ""]:
     axes of the mesh that a leaf differs over."""
 
     def of_leaf(leaf):
-        return jax.lax.psum(jnp.sum(jnp.square(leaf)), tuple(sorted(jax.typeof(leaf).manual_axis_type.varying)))
+        axes = tuple(sorted(jax.typeof(leaf).manual_axis_type.varying))
+        return jax.lax.psum(jnp.sum(jnp.square(leaf)), axes) if axes else jnp.sum(jnp.square(leaf))
 
     return sum(map(of_leaf, jax.tree.leaves(module)))

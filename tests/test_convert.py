@@ -92,7 +92,7 @@ def compute(model: Transformer, tokens: np.ndarray, ngram: np.ndarray | None) ->
         return layers.softcap(product, model.config.final_softcap)
 
     specs = (sharding.specs(model, mesh), sharding.ROWS, sharding.ROWS)
-    logits = jax.shard_map(logits, mesh=mesh, in_specs=specs, out_specs=P("fsdp", None, "tp"))
+    logits = sharding.on_mesh(logits, mesh=mesh, in_specs=specs, out_specs=P("fsdp", None, "tp"))
     return np.asarray(jax.jit(logits)(sharding.place(model, mesh), tokens, ngram))
 
 

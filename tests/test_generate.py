@@ -72,7 +72,7 @@ def forward(config: ModelConfig):
 
     mesh = make_mesh(1, 1)
     layout = specs(initialize(config, jax.random.key(0)), mesh)
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=(layout, ROWS, ROWS), out_specs=P("fsdp", None, "tp"))
+    mapped = sharding.on_mesh(run, mesh=mesh, in_specs=(layout, ROWS, ROWS), out_specs=P("fsdp", None, "tp"))
     return jax.jit(mapped)
 
 

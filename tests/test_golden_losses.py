@@ -21,7 +21,7 @@ from minalm import losses
 from minalm.gradmag import magnitude_weights
 from minalm.head import Entries, token_stats
 from minalm.losses import LossConfig, chunk_sums
-from minalm.sharding import P, make_mesh, rows_sum
+from minalm.sharding import P, make_mesh, on_mesh, rows_sum
 from minalm.types import AlignedChunks
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
@@ -36,7 +36,7 @@ NORMS = ["l2_channelwise", "l2", "l1", "l1_channelwise"]
 
 def on_one_device(function):
     """The function, compiled, inside shard_map, where its collectives have meaning."""
-    return jax.jit(jax.shard_map(function, mesh=make_mesh(1, 1), in_specs=P(), out_specs=P()))
+    return jax.jit(on_mesh(function, mesh=make_mesh(1, 1), in_specs=P(), out_specs=P()))
 
 
 class Case:

@@ -15,7 +15,7 @@ from minalm import head, losses
 from minalm.gradmag import magnitude_weights
 from minalm.head import Entries, token_stats
 from minalm.losses import LossConfig
-from minalm.sharding import ROWS, P, make_mesh, place, specs
+from minalm.sharding import ROWS, P, make_mesh, on_mesh, place, specs
 from minalm.types import AlignedChunks, Batch, Tokens, TokenStats
 
 BATCH, STUDENT_TIME, TEACHER_TIME, CHUNKS = 3, 14, 11, 9
@@ -24,7 +24,7 @@ NORMS = ("l2_channelwise", "l2", "l1", "l1_channelwise")
 
 
 def on_one_device(function, out_specs=P()):
-    return jax.jit(jax.shard_map(function, mesh=make_mesh(1, 1), in_specs=ROWS, out_specs=out_specs))
+    return jax.jit(on_mesh(function, mesh=make_mesh(1, 1), in_specs=ROWS, out_specs=out_specs))
 
 
 # --- plain definitions --------------------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def head_stats(hidden, targets, table, entries, cap=None, fsdp=1, tp=1):
 
     mesh = make_mesh(fsdp, tp)
     layout, rows = P("tp", "fsdp"), ROWS
-    mapped = jax.shard_map(
+    mapped = on_mesh(
         run, mesh=mesh, in_specs=(rows, rows, layout, specs(entries, mesh)), out_specs=(rows, (rows, layout))
     )
     with jax.default_matmul_precision("highest"):
@@ -514,7 +514,7 @@ def test_a_tiny_boundary_mass_keeps_digits_and_gradient():
         value, gradient = jax.value_and_grad(mass)(logits)
         return losses.rows_sum(value), losses.rows_sum(gradient)
 
-    mapped = jax.shard_map(run, mesh=make_mesh(1, 1), in_specs=(ROWS, P("tp", "fsdp")), out_specs=P())
+    mapped = on_mesh(run, mesh=make_mesh(1, 1), in_specs=(ROWS, P("tp", "fsdp")), out_specs=P())
     with jax.default_matmul_precision("highest"):
         value, gradient = jax.jit(mapped)(logits, np.eye(5, dtype=np.float32))
     exact = logits.astype(np.float64)

@@ -38,7 +38,7 @@ def compiled(config: ModelConfig, fsdp: int, tp: int, remat: str):
         return layers.softcap(logits, model.config.final_softcap)
 
     specs = sharding.specs(families.abstract(config), mesh)
-    run = jax.shard_map(run, mesh=mesh, in_specs=(specs, sharding.ROWS), out_specs=P("fsdp", None, "tp"))
+    run = sharding.on_mesh(run, mesh=mesh, in_specs=(specs, sharding.ROWS), out_specs=P("fsdp", None, "tp"))
     return lambda model: sharding.place(model, mesh), jax.jit(run)
 
 
@@ -197,7 +197,7 @@ def test_a_position_depends_on_those_it_may_see_and_on_no_other(name, windows, r
         return jnp.sum(model.finish(x)[0, position] * jnp.arange(1.0, 25.0))
 
     specs = sharding.specs(model, mesh)
-    gradient = jax.shard_map(
+    gradient = sharding.on_mesh(
         jax.vmap(jax.grad(state), in_axes=(None, None, 0)),
         mesh=mesh,
         in_specs=(specs.embed, specs, P()),

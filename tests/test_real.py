@@ -48,7 +48,7 @@ def ours(folder: Path):
         return layers.softcap(product, model.config.final_softcap)
 
     specs = (sharding.specs(model, mesh), ROWS, ROWS)
-    compiled = jax.jit(jax.shard_map(logits, mesh=mesh, in_specs=specs, out_specs=P("fsdp", None, "tp")))
+    compiled = jax.jit(sharding.on_mesh(logits, mesh=mesh, in_specs=specs, out_specs=P("fsdp", None, "tp")))
 
     def run(ids: np.ndarray, ngram: np.ndarray | None = None) -> np.ndarray:
         return np.asarray(compiled(model, ids[None], ngram)[0])

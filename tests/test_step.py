@@ -126,7 +126,7 @@ def gradients(config: train.Config, fsdp: int, tp: int, trained, fixed):
     """`train.gradients` on a mesh: the gradient's leaves by name, and the metrics, as numpy arrays."""
     mesh = make_mesh(fsdp, tp)
     layout = specs(trained, mesh)
-    mapped = jax.shard_map(
+    mapped = sharding.on_mesh(
         functools.partial(train.gradients, config),
         mesh=mesh,
         in_specs=(layout, specs(fixed, mesh), jax.tree.map(lambda _: sharding.ROWS, BATCH)),
@@ -368,7 +368,7 @@ def test_without_teacher_losses_the_teacher_does_not_run():
 @pytest.mark.parametrize("fsdp, tp", ((1, 1), (4, 2), (2, 4)))
 def test_squared_norm_counts_every_element_once(fsdp, tp):
     model, mesh = parameters(STUDENT, 0), make_mesh(fsdp, tp)
-    norm = jax.shard_map(sharding.squared_norm, mesh=mesh, in_specs=(specs(model, mesh),), out_specs=P())
+    norm = sharding.on_mesh(sharding.squared_norm, mesh=mesh, in_specs=(specs(model, mesh),), out_specs=P())
     expected = sum(np.sum(np.square(leaf.astype(np.float64))) for leaf in jax.device_get(jax.tree.leaves(model)))
     np.testing.assert_allclose(jax.jit(norm, compiler_options=QUICK)(place(model, mesh)), expected, rtol=1e-6)
 
@@ -457,7 +457,7 @@ def test_gradients_of_frequent_ids_survive_bfloat16():
             stats = head.token_stats(pull.astype(dtype), ids, table, entries, None)
             return sharding.rows_sum(jnp.sum(stats.logp))
 
-        both = jax.shard_map(
+        both = sharding.on_mesh(
             lambda table: (jax.grad(read)(table), jax.grad(predicted)(table)),
             mesh=mesh,
             in_specs=P("tp", "fsdp"),

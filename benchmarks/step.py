@@ -1,0 +1,226 @@
+"""One training step on CPU: time, temporary memory and FLOPs, and how they grow.
+
+    python benchmarks/step.py [--tables base growth]
+
+A model of Gemma 2's shape (width 256, 4 layers, 4 heads, 2 key and value heads of 64 channels, MLP 1024) becomes
+byte-level: 320 rows, untied, frozen expansion; sft + alm + latents under gradmag. Weights are random, the text is the
+standard library in the quickstart's tokens, so the chunks are real ones. Every case is a process of its own.
+
+"of the limit" is the time that the step's matrix products would take at the rate of one large product on the same
+machine, in the same process, over the measured time. The numbers of the reference are those of its own measurement
+on a machine like this one (tokenkit, jax 0.5.0), not of this one.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+REFERENCE = {  # (vocabulary, dtype, batch) -> median seconds, temporary bytes
+    (256_000, "float32", 8): (7.3, 2.44e9),
+    (256_000, "float32", 16): (12.2, 4.88e9),
+    (256_000, "bfloat16", 8): (6.8, 2.39e9),
+    (32_000, "float32", 8): (4.5, 1.52e9),
+    (32_000, "bfloat16", 8): (3.8, 1.47e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    vocabulary: int = 256_000
+    dtype: str = "float32"
+    batch: int = 8
+    student_length: int = 512
+    teacher_length: int = 128
+    devices: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    accumulation: int = 1
+    remat: str = "none"
+    steps: int = 5
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Seconds, bytes and FLOPs of one case, in this process."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import train
+    from minalm import cost, data, head
+    from minalm.losses import LossConfig
+    from minalm.model import ModelConfig, initialize
+    from minalm.ngrams import longest_suffix
+    from minalm.sharding import make_mesh, place, place_rows
+    from minalm.stdlib_text import stdlib_documents
+    from minalm.text import text_corpus
+    from minalm.vocab import byte_vocabulary, load_vocabulary
+
+    config = train.Config(
+        out=Path("unused"),
+        steps=10_000,
+        batch_size=case.batch,
+        student_length=case.student_length,
+        teacher_length=case.teacher_length,
+        piece_bytes=case.student_length,
+        losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
+        compute_dtype=case.dtype,
+        accumulation=case.accumulation,
+        remat=case.remat,
+        mesh=train.MeshConfig(case.fsdp, case.tp),
+    )
+    shape = ModelConfig(
+        vocab_size=case.vocabulary,
+        embed=256,
+        mlp=1024,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        windows=(4096, None, 4096, None),
+        attention_softcap=50.0,
+        final_softcap=30.0,
+        norm_plus_one=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        embedding_scale=16.0,
+    )
+    student_shape = dataclasses.replace(shape, vocab_size=320, tied=False, expansion_size=case.vocabulary)
+    mesh = make_mesh(case.fsdp, case.tp)
+    student, teacher = (initialize(c, jax.random.key(i)) for i, c in enumerate((student_shape, shape)))
+    trained = eqx.tree_at(lambda m: m.expansion, jax.tree.map(lambda _: True, student), False)
+    student, frozen = eqx.partition(student, trained)
+    dtype = jnp.dtype(case.dtype)
+
+    def entries(rows):
+        return head.Entries(np.ones(rows, bool), np.arange(rows) % 3 == 0)
+
+    fixed = train.Fixed(
+        place(frozen, mesh, dtype),
+        place(teacher, mesh, dtype),
+        place(entries(320), mesh),
+        place(entries(case.vocabulary), mesh),
+    )
+    del teacher, frozen
+    tokens = load_vocabulary(train.HERE / "quickstart_teacher")
+    in_bytes = byte_vocabulary(tokens)
+    corpus = text_corpus(stdlib_documents("training", 0.05), case.student_length)
+    sides = (
+        data.Side(in_bytes, longest_suffix(tokens, in_bytes), case.student_length),
+        data.Side(tokens, None, case.teacher_length),
+    )
+    batches = [
+        place_rows(data.make_batch(corpus.batch(0, i, case.batch), *sides)[0], mesh) for i in range(max(case.steps, 1))
+    ]
+
+    optimizer = train.make_optimizer(config)
+    state = train.initial_state(optimizer, place(student, mesh, jnp.float32), mesh)
+    step = jax.jit(functools.partial(train.train_step, config, optimizer, mesh), donate_argnums=0)
+    traced = step.trace(state, fixed, batches[0])
+    began = time.monotonic()
+    compiled = traced.lower().compile()
+    found = {
+        "compile": time.monotonic() - began,
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "flops": cost.product_flops(traced.jaxpr.jaxpr, "cpu") * case.fsdp * case.tp,
+        "model_flops": cost.model_flops(student_shape, shape, case.batch, case.student_length, case.teacher_length),
+    }
+    if case.steps:
+        state, metrics = compiled(state, fixed, batches[0])
+        jax.block_until_ready(metrics)
+        seconds = []
+        for batch in batches:
+            began = time.monotonic()
+            state, metrics = compiled(state, fixed, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.monotonic() - began)
+        assert np.isfinite([float(value) for value in metrics.values()]).all()
+        found |= {"seconds": statistics.median(seconds), "least": min(seconds), "rate": product_rate(jax, jnp)}
+    return found | {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def product_rate(jax, jnp) -> float:
+    """FLOP/s of a large float32 matrix product here: the best of five."""
+    size = 3072
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        began = time.monotonic()
+        product(a, a).block_until_ready()
+        best = min(best, time.monotonic() - began)
+    return 2 * size**3 / best
+
+
+def run(case: Case) -> dict[str, float]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(case.devices)}
+    arguments = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def base() -> None:
+    print(
+        "| teacher's vocabulary, dtype, batch | s a step (least) | of the limit | temporary | GFLOP, of the model's own",
+        end="",
+    )
+    print(" | compile s | resident | time, temporary of the reference's |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (vocabulary, dtype, batch), (seconds, temporary) in REFERENCE.items():
+        m = run(Case(vocabulary, dtype, batch))
+        limit = m["flops"] / m["rate"] / m["seconds"]
+        print(
+            f"| {vocabulary:,} {dtype} {batch} | {m['seconds']:.2f} ({m['least']:.2f}) | {limit:.0%} | "
+            f"{m['temporary'] / 1e6:,.0f} MB | {m['flops'] / 1e9:.0f}, {m['flops'] / m['model_flops']:.2f} | "
+            f"{m['compile']:.0f} | {m['resident'] / 1e9:.1f} GB | "
+            f"{m['seconds'] / seconds:.2f}, {m['temporary'] / temporary:.2f} |",
+            flush=True,
+        )
+
+
+GROWTH = {
+    "batch": [dict(batch=n) for n in (4, 8, 16, 32)],
+    "accumulation at batch 32": [dict(batch=32, accumulation=n) for n in (1, 2, 4, 8)],
+    "length": [dict(batch=2, student_length=n, teacher_length=n // 4) for n in (512, 1024, 2048, 4096)],
+    "vocabulary": [dict(vocabulary=n) for n in (32_000, 64_000, 128_000, 256_000)],
+    "devices": [dict(devices=8, fsdp=f, tp=t) for f, t in ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (2, 4))],
+    "rematerialisation": [dict(remat=r) for r in ("none", "dots", "full")],
+}
+
+
+def growth() -> None:
+    """Temporary memory is of one device; the devices are virtual and share the cores, so time does not fall."""
+    for name, changes in GROWTH.items():
+        print(f"\n| {name} | s a step | temporary of a device | GFLOP |\n|---|---|---|---|")
+        for change in changes:
+            m = run(dataclasses.replace(Case(vocabulary=32_000, steps=3), **change))
+            values = ", ".join(f"{key} {value}" for key, value in change.items() if key != "devices")
+            print(
+                f"| {values} | {m['seconds']:.2f} | {m['temporary'] / 1e6:,.0f} MB | {m['flops'] / 1e9:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=("base", "growth"), default=("base", "growth"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case:
+        print(json.dumps(measure(Case(**json.loads(given.case)))))
+    else:
+        for table in given.tables:
+            {"base": base, "growth": growth}[table]()
