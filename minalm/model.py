@@ -16,13 +16,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from minalm import layers
+from minalm.attention import SAVED, self_attention
 from minalm.sharding import gather, lookup, param, tp_slice, tp_sum
 
 EVERYTHING = 2**30  # a window no sequence fills: full attention
 
-REMAT_POLICIES = {  # what the backward pass of a block finds saved: all, matrix products, the block's input alone
+REMAT_POLICIES = {  # what the backward pass of a block finds saved: all, products and attention, the block's input alone
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 Remat = Literal["none", "dots", "full"]
@@ -209,11 +213,13 @@ class Block(eqx.Module):
         q = rotate(project(normed, attention.q, attention.q_bias), attention.q_norm)
         k = rotate(project(normed, attention.k, attention.k_bias), attention.k_norm)
         v = project(normed, attention.v, attention.v_bias)
-        if cache is not None:
+        scoring = (config.scale, config.attention_softcap)
+        if cache is None:
+            mixed = self_attention(q, k, v, varying.window, config.windows, *scoring)
+        else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            k, v = cache.k, cache.v
-        mixed = layers.attend(q, k, v, positions, varying.window, config.scale, config.attention_softcap)
+            mixed = layers.attend(q, cache.k, cache.v, positions, varying.window, *scoring)
         x = x + norm(tp_sum(layers.project(mixed, attention.o, inner=2)), weights.attention_post_norm)
 
         normed = norm(x, weights.mlp_norm)
