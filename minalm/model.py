@@ -21,8 +21,7 @@ from minalm.sharding import gather, lookup, param, tp_slice, tp_sum
 
 EVERYTHING = 2**30  # a window no sequence fills: full attention
 
-REMAT_POLICIES = {  # what the backward pass of a block finds saved: all, products and attention, the block's input alone
-    "none": jax.checkpoint_policies.everything_saveable,
+REMAT_POLICIES = {  # what the backward pass of a block finds saved: products and attention, or the block's input alone
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED),
@@ -286,7 +285,9 @@ class Transformer(eqx.Module):
             return x, pick(x, picks)
 
         first = pick(x, picks)
-        x, rest = jax.lax.scan(jax.checkpoint(body, policy=REMAT_POLICIES[remat]), x, (self.blocks, stacked))
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
+        x, rest = jax.lax.scan(body, x, (self.blocks, stacked))
         return x, None if picks is None else jnp.concatenate([first[None], rest])
 
     def finish(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
