@@ -16,13 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from minalm import layers
+from minalm.attention import SAVED, self_attention
 from minalm.sharding import TP_OR_WHOLE, gather, lookup, param, tp_share, tp_size, tp_sum
 
 EVERYTHING = 2**30  # a window no sequence fills: full attention
 
-REMAT_POLICIES = {  # what the backward pass of a block finds saved: all, matrix products, the block's input alone
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+REMAT_POLICIES = {  # what the backward pass of a block finds saved: products and attention, or the block's input alone
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 Remat = Literal["none", "dots", "full"]
@@ -211,11 +214,13 @@ class Block(eqx.Module):
         q = rotate(project(normed, attention.q, attention.q_bias, config.heads), attention.q_norm)
         k = rotate(project(normed, attention.k, attention.k_bias, config.kv_heads), attention.k_norm)
         v = project(normed, attention.v, attention.v_bias, config.kv_heads)
-        if cache is not None:
+        scoring = (config.scale, config.attention_softcap)
+        if cache is None:
+            mixed = self_attention(q, k, v, varying.window, config.windows, *scoring)
+        else:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            k, v = cache.k, cache.v
-        mixed = layers.attend(q, k, v, positions, varying.window, config.scale, config.attention_softcap)
+            mixed = layers.attend(q, cache.k, cache.v, positions, varying.window, *scoring)
         x = x + norm(tp_sum(layers.project(mixed, attention.o, inner=2)), weights.attention_post_norm)
 
         normed = norm(x, weights.mlp_norm)
@@ -283,7 +288,9 @@ class Transformer(eqx.Module):
             return x, pick(x, picks)
 
         first = pick(x, picks)
-        x, rest = jax.lax.scan(jax.checkpoint(body, policy=REMAT_POLICIES[remat]), x, (self.blocks, stacked))
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
+        x, rest = jax.lax.scan(body, x, (self.blocks, stacked))
         return x, None if picks is None else jnp.concatenate([first[None], rest])
 
     def finish(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:

@@ -1,0 +1,347 @@
+"""Self-attention of whole sequences in memory that grows with the length, not with its square, and one backward pass
+that reads what the forward pass left: the output and the logarithm of each query's sum of exponentials.
+
+On a TPU it is JAX's own splash attention kernel, elsewhere the same arithmetic in blocks of queries. Which one is
+decided where the program is lowered, so that a program compiled ahead of time on a CPU for a TPU has the kernel.
+Decoding with a cache, a few queries at a time, is `layers.attend`.
+
+Axes: batch, time (queries and keys), heads, kv_heads, head_dim; group: the query heads that share a key head.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.config import _check_vma
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jaxtyping import Array, Float, Float32, Int
+
+from minalm.layers import softcap
+
+SAVED = "attention"  # the name under which a rematerialisation policy finds what the backward pass needs
+
+# Of the form in blocks. On a CPU a block of 128 queries was the fastest of 64 to 512. All blocks of a span read the
+# keys up to the end of the span: 8 spans leave 9/16 of the square of queries and keys in long sequences (half of it is
+# what causality asks for), in a program of 8 loops whatever the length.
+QUERY_BLOCK = 128
+SPANS = 8
+
+# Of the kernel. Blocks of 512 keep the matrix unit busy, and at head_dim 256 forward and backward fit the 16 MiB of
+# vector memory that a v4 gives a kernel (1024 do not, and would visit 3/4 of the square at length 2048, not 5/8).
+LANES = 128
+KERNEL_BLOCK = 512
+KERNEL_HEAD_DIM = 256  # the largest tried
+
+
+class Setting(NamedTuple):
+    """What is known when the program is traced."""
+
+    windows: tuple[int, ...]  # the distinct windows, ascending, none longer than the sequence
+    cap: float | None
+    form: Literal["by_platform", "kernel_interpreted", "blocks"]
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads. `q` is scaled."""
+
+    q: Float[Array, "batch time heads head_dim"]
+    k: Float[Array, "batch time kv_heads head_dim"]
+    v: Float[Array, "batch time kv_heads head_dim"]
+    window: Int[Array | np.ndarray, ""]
+    segments: Int[Array | np.ndarray, "batch time"] | None
+    out: Float[Array, "batch time heads head_dim"]
+    logsumexp: Float32[Array, "batch time heads"]
+
+
+def self_attention(
+    q: Float[Array, "batch time heads head_dim"],
+    k: Float[Array, "batch time kv_heads head_dim"],
+    v: Float[Array, "batch time kv_heads head_dim"],
+    window: Int[Array | np.ndarray, ""],
+    windows: tuple[int | None, ...],
+    scale: float,
+    cap: float | None,
+    segments: Int[Array | np.ndarray, "batch time"] | None = None,
+) -> Float[Array, "batch time heads head_dim"]:
+    """Causal attention with grouped heads; a query sees the last `window` positions, and of those its own segment.
+
+    `window` may be traced (layers are scanned); `windows` names every value it can take, None: all positions. Scores
+    are capped before the mask (Gemma 2, section 2) and normalised in float32.
+    """
+    time, head_dim = q.shape[1], q.shape[3]
+    form = "blocks" if kernel_block(time) is None or head_dim > KERNEL_HEAD_DIM else "by_platform"
+    return in_form(q, k, v, window, windows, scale, cap, segments, form)
+
+
+def in_form(
+    q: Float[Array, "batch time heads head_dim"],
+    k: Float[Array, "batch time kv_heads head_dim"],
+    v: Float[Array, "batch time kv_heads head_dim"],
+    window: Int[Array | np.ndarray, ""],
+    windows: tuple[int | None, ...],
+    scale: float,
+    cap: float | None,
+    segments: Int[Array | np.ndarray, "batch time"] | None,
+    form: Literal["by_platform", "kernel_interpreted", "blocks"],
+) -> Float[Array, "batch time heads head_dim"]:
+    """`self_attention` in a form of choice; "kernel_interpreted" is the TPU kernel on any platform, for tests."""
+    time = q.shape[1]
+    distinct = tuple(sorted({time if size is None else min(size, time) for size in windows}))
+    q = q * jnp.asarray(scale, q.dtype)
+    # All vary over the same axes of the mesh from here on. Where k and v did not (heads over `tp` that share keys), the
+    # transpose of this line sums their gradients.
+    q, k, v = (_vary_like(x, q, k, v, window, segments) for x in (q, k, v))
+    return _attention(Setting(distinct, cap, form), q, k, v, window, segments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(setting, q, k, v, window, segments):
+    return _attention_forward(setting, q, k, v, window, segments)[0]
+
+
+def _attention_forward(setting, q, k, v, window, segments):
+    arguments = (q, k, v, window, segments)
+    out, logsumexp = _in_form(_kernel_forward, _blocks_forward, setting, arguments)
+    # Named outside of all branches: a policy that keeps both leaves nothing of the forward pass to compute again.
+    out, logsumexp = checkpoint_name(out, SAVED), checkpoint_name(logsumexp, SAVED)
+    return out, Saved(q, k, v, window, segments, out, logsumexp)
+
+
+def _attention_backward(setting, saved, out_grad):
+    return *_in_form(_kernel_backward, _blocks_backward, setting, (saved, out_grad)), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _in_form(kernel, blocks, setting, arguments):
+    if setting.form == "by_platform":
+        return jax.lax.platform_dependent(
+            *arguments,
+            tpu=functools.partial(kernel, setting),
+            default=functools.partial(blocks, setting),
+        )
+    return (blocks if setting.form == "blocks" else kernel)(setting, *arguments)
+
+
+def _vary_like(x, *others):
+    """x, typed as varying over all axes of the mesh that any of the others varies over (inside shard_map)."""
+    axes = frozenset().union(*(jax.typeof(other).manual_axis_type.varying for other in others if other is not None))
+    return jax.lax.pcast(x, tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying)), to="varying")
+
+
+# --- on a TPU: the splash attention kernel ------------------------------------------------------------------------
+
+
+def kernel_block(time: int) -> int | None:
+    """Queries, and keys, of a block of the kernel; None for lengths that it cannot take.
+
+    The largest multiple of 128 up to 512 that divides the sequence into at least two blocks, since one block would be
+    computed whole, its upper triangle included.
+    """
+    sizes = range(KERNEL_BLOCK, 0, -LANES)
+    return next((size for size in sizes if time % size == 0 and (size < time or size == LANES)), None)
+
+
+def kernel_flops(batch: int, time: int, heads: int, head_dim: int, window: int | None) -> tuple[int, int]:
+    """Floating-point operations of the kernel's matrix products, forward and backward.
+
+    A block of queries visits the blocks of keys that hold a key it sees, each computed whole: 2 products forward
+    (scores, mixed values) and 5 backward (scores again, and the gradients of weights, values, queries and keys).
+    Raises TypeError for lengths that the kernel cannot take.
+    """
+    block = kernel_block(time)
+    first_keys = [max(0, start - (window or time) + 1) // block for start in range(0, time, block)]
+    visited = sum(number - first + 1 for number, first in enumerate(first_keys))
+    product = 2 * block * block * head_dim * visited * heads * batch
+    return 2 * product, 5 * product
+
+
+def _kernel(setting, time, heads, window):
+    """The kernel for a window that is known when the program is traced."""
+    block = kernel_block(time)
+    # A window that no query fills is plain causality, whose mask is cheaper.
+    shape = (time, time)
+    mask = splash_mask.CausalMask(shape) if window == time else splash_mask.LocalMask(shape, (window - 1, 0), 0)
+    return splash.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * heads),
+        # The fused backward kernel computes scores once for all gradients: 5 products instead of 7.
+        block_sizes=splash.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+        ),
+        save_residuals=True,
+        attn_logits_soft_cap=setting.cap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=setting.form == "kernel_interpreted",
+    )
+
+
+def _kernel_forward(setting, q, k, v, window, segments):
+    def of_row(kernel, q, k, v, segments):
+        ids = None if segments is None else splash.SegmentIds(segments, segments)
+        out, (logsumexp,) = kernel(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), ids)
+        return out.swapaxes(0, 1), logsumexp.swapaxes(0, 1)
+
+    return _by_window(of_row, setting, window, (q, k, v, segments))
+
+
+def _kernel_backward(setting, saved, out_grad):
+    def of_row(kernel, q, k, v, segments, out, logsumexp, out_grad):
+        ids = None if segments is None else splash.SegmentIds(segments, segments)
+        q, k, v, out, logsumexp, out_grad = (x.swapaxes(0, 1) for x in (q, k, v, out, logsumexp, out_grad))
+        own = kernel.kwargs
+        _, _, _, *grads, _, _ = splash._splash_attention_bwd(
+            save_residuals=False,
+            mask_value=own["mask_value"],
+            is_mqa=False,
+            block_sizes=own["block_sizes"],
+            residual_checkpoint_name=None,
+            mask_function=own["mask_function"],
+            attn_logits_soft_cap=own["attn_logits_soft_cap"],
+            interpret=own["interpret"],
+            res=(q, k, v, ids, None, out, logsumexp, None, kernel.dkv_mask_info),
+            do=out_grad,
+        )
+        return tuple(grad.swapaxes(0, 1) for grad in grads)
+
+    q, k, v, window, segments, out, logsumexp = saved
+    return _by_window(of_row, setting, window, (q, k, v, segments, out, logsumexp, out_grad))
+
+
+def _by_window(of_row, setting, window, arguments):
+    """`of_row` of each row of a batch with the kernel of this layer's window, one branch per distinct window.
+
+    The kernel declares its results without the axes of the mesh that they vary over, which `check_vma` refuses. So it
+    is traced without that check, and what it returns is typed by hand as varying over the axes of q. That is what the
+    check would find: a kernel speaks to no other device, so its results vary over the axes of its arguments and no
+    others, and `in_form` made q vary over all of those. No derivative depends on types inside: it is ours.
+    """
+    q = arguments[0]
+    time, heads = q.shape[1:3]
+
+    def of_window(size):
+        kernel = _kernel(setting, time, heads, size)
+        return jax.vmap(functools.partial(of_row, kernel))(*arguments)
+
+    with _check_vma(False):
+        branches = [functools.partial(of_window, size) for size in setting.windows]
+        number = jnp.sum(jnp.asarray(setting.windows[:-1], jnp.int32) < window)
+        results = branches[0]() if len(branches) == 1 else jax.lax.switch(number, branches)
+    return tuple(_vary_like(result, q) for result in results)
+
+
+# --- elsewhere: blocks of queries ---------------------------------------------------------------------------------
+
+
+def _blocks_forward(setting, q, k, v, window, segments):
+    time, kv_heads = k.shape[1:3]
+    block = min(time, QUERY_BLOCK)
+    queries, keys, values = _fold(q, kv_heads, block), _fold_keys(k, block), _fold_keys(v, block)
+    results = []
+    for span, stop in _spans(time, block):
+
+        def of_block(at):
+            q, number = at
+            _, scores = _scores(setting, q, keys[:, :, :stop], number, block, window, segments)
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            mixed = _product("bkqs,bksd->bkqd", weights.astype(v.dtype), values[:, :, :stop])
+            return (mixed / total).astype(v.dtype), (top + jnp.log(total))[..., 0]
+
+        results.append(jax.lax.map(of_block, (queries[span], _numbers(span))))
+    out, logsumexp = jax.tree.map(lambda *parts: _unfold(jnp.concatenate(parts), q.shape), *results)
+    return out, logsumexp
+
+
+def _blocks_backward(setting, saved, out_grad):
+    q, k, v, window, segments, out, logsumexp = saved
+    time, kv_heads = k.shape[1:3]
+    block = min(time, QUERY_BLOCK)
+    # What the softmax's normalisation takes off the gradient of each weight of a query.
+    shift = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
+    rows = tuple(_fold(x, kv_heads, block) for x in (q, out_grad, shift, logsumexp))
+    keys, values = _fold_keys(k, block), _fold_keys(v, block)
+    grads = tuple(_vary_like(jnp.zeros(keys.shape, jnp.float32), q) for _ in range(2))  # sums over all queries
+    q_grads = []
+    for span, stop in _spans(time, block):
+
+        def of_block(grads, at):
+            (q, out_grad, shift, logsumexp), number = at
+            k_grad, v_grad = grads
+            seen_keys, seen_values = keys[:, :, :stop], values[:, :, :stop]
+            capped, scores = _scores(setting, q, seen_keys, number, block, window, segments)
+            weights = jnp.exp(scores - logsumexp[..., None])
+            scores_grad = weights * (_product("bkqd,bksd->bkqs", out_grad, seen_values) - shift[..., None])
+            if setting.cap is not None:
+                scores_grad = scores_grad * (1.0 - jnp.square(capped / setting.cap))
+            scores_grad = scores_grad.astype(q.dtype)
+            k_grad = k_grad.at[:, :, :stop].add(_product("bkqs,bkqd->bksd", scores_grad, q))
+            v_grad = v_grad.at[:, :, :stop].add(_product("bkqs,bkqd->bksd", weights.astype(v.dtype), out_grad))
+            return (k_grad, v_grad), _product("bkqs,bksd->bkqd", scores_grad, seen_keys).astype(q.dtype)
+
+        grads, q_grad = jax.lax.scan(of_block, grads, (tuple(x[span] for x in rows), _numbers(span)))
+        q_grads.append(q_grad)
+    k_grad, v_grad = (grad[:, :, :time].swapaxes(1, 2).astype(k.dtype) for grad in grads)
+    return _unfold(jnp.concatenate(q_grads), q.shape), k_grad, v_grad
+
+
+def _spans(time: int, block: int) -> Iterator[tuple[slice, int]]:
+    """Spans of blocks of queries, and for each the end of the keys that they read."""
+    blocks = -(-time // block)
+    for first in range(0, blocks, -(-blocks // SPANS)):
+        last = min(first + -(-blocks // SPANS), blocks)
+        yield slice(first, last), last * block
+
+
+def _numbers(span: slice) -> Int[np.ndarray, " block"]:
+    return np.arange(span.start, span.stop, dtype=np.int32)
+
+
+def _scores(setting, q, k, number, block, window, segments):
+    """Capped scores [batch, kv_heads, group * query, key] of a block of queries, without and with the mask."""
+    scores = softcap(_product("bkqd,bksd->bkqs", q, k), setting.cap)
+    keys = jnp.arange(k.shape[2])
+    queries = number * block + jnp.arange(q.shape[2]) % block
+    distance = queries[:, None] - keys
+    visible = (distance >= 0) & (distance < window)
+    if segments is not None:
+        padded = jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % block)))
+        visible = (visible & (padded[:, queries, None] == padded[:, None, : k.shape[2]]))[:, None]
+    return scores, jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+
+
+def _product(dimensions, left, right):
+    return jnp.einsum(dimensions, left, right, preferred_element_type=jnp.float32)
+
+
+def _fold(x, kv_heads, block):
+    """[batch, time, heads, ...] -> [block number, batch, kv_heads, group * query, ...]: the query heads of a group
+    become rows of one matrix, for fewer, larger products. The last block is filled up with zeros, which as keys come
+    after all queries, and as queries are dropped."""
+    batch, time, heads, *rest = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -time % block), *((0, 0) for _ in x.shape[2:])))
+    x = x.reshape(batch, -1, block, kv_heads, heads // kv_heads, *rest)
+    x = jnp.moveaxis(x, (1, 3, 4, 2), (0, 2, 3, 4))
+    return x.reshape(-1, batch, kv_heads, heads // kv_heads * block, *rest)
+
+
+def _unfold(x, shape):
+    """The way back, to [batch, time, heads, ...]; `shape` is that of q."""
+    batch, time, heads = shape[:3]
+    blocks, _, kv_heads, rows, *rest = x.shape
+    group = heads // kv_heads
+    x = x.reshape(blocks, batch, kv_heads, group, rows // group, *rest)
+    x = jnp.moveaxis(x, (0, 2, 3, 4), (1, 3, 4, 2))
+    return x.reshape(batch, -1, heads, *rest)[:, :time]
+
+
+def _fold_keys(x, block):
+    """[batch, time, kv_heads, head_dim] -> [batch, kv_heads, time filled up to whole blocks, head_dim]."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)

@@ -1,0 +1,345 @@
+"""Attention of whole sequences: every form is the plain one in values and gradients, on a mesh too; none holds an array
+of all queries and all keys; what a policy saves is not computed again; and the kernel compiles for a TPU."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import AxisType
+
+from minalm import attention, families, layers
+from minalm.attention import in_form, kernel_block, kernel_flops, self_attention
+from minalm.model import ModelConfig
+from minalm.sharding import P, make_mesh, specs
+
+SCALE, CAP = 0.4, 5.0
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def plain(q, k, v, window, scale, cap, segments):
+    """Attention by its definition, one query head at a time, with all scores at once."""
+    time, group = q.shape[1], q.shape[2] // k.shape[2]
+    at = np.arange(time)
+    visible = (at[:, None] >= at) & (at[:, None] - at < window)
+    visible = jnp.broadcast_to(visible, (q.shape[0], time, time))
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :])
+    mixed = []
+    for head in range(q.shape[2]):
+        keys, values = k[:, :, head // group], v[:, :, head // group]
+        scores = scale * jnp.einsum("btd,bsd->bts", q[:, :, head], keys)
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        mixed.append(jnp.einsum("bts,bsd->btd", weights, values))
+    return jnp.stack(mixed, axis=2)
+
+
+def arrays(batch, time, heads, kv_heads, head_dim, segmented, seed=0):
+    """q, k, v, a cotangent of the output, and segment ids (None: one segment). Scores are large enough for the cap."""
+    random = np.random.default_rng(seed)
+    q, k, v, out_grad = (
+        jnp.asarray(random.normal(size=(batch, time, count, head_dim)), jnp.float32)
+        for count in (heads, kv_heads, kv_heads, heads)
+    )
+    segments = jnp.cumsum(random.random((batch, time)) < 4 / time, axis=1, dtype=jnp.int32) if segmented else None
+    return 2.0 * q, 2.0 * k, v, out_grad, segments
+
+
+def with_gradients(attend, q, k, v, out_grad):
+    """(output, gradients of q, k, v)."""
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, *pull(out_grad)
+
+
+def expected(q, k, v, out_grad, segments, window, cap):
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(
+            lambda *x: with_gradients(lambda *qkv: plain(*qkv, window, SCALE, cap, segments), *x),
+            compiler_options=QUICK,
+        )(q, k, v, out_grad)
+
+
+def assert_near(found, wanted, tolerance=1e-5):
+    """Differences relative to the largest magnitude."""
+    for name, one, other in zip(("out", "q", "k", "v"), found, wanted, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert one.shape == other.shape and np.isfinite(one).all() and np.abs(other).max() > 0.1, name
+        difference = np.abs(one - other).max() / np.abs(other).max()
+        assert difference <= tolerance, (name, difference)
+
+
+# --- each form is the plain one -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segmented", (False, True))
+@pytest.mark.parametrize("form", ("kernel_interpreted", "blocks", "by_platform"))
+def test_every_form_on_a_mesh_is_the_plain_one(form, segmented):
+    """Rows over `fsdp` and heads over `tp`; one window of a set, given as an array, so that the kernel switches."""
+    *inputs, segments = arrays(2, 256, 4, 2, 16, segmented)
+    rows, heads = P("fsdp"), P("fsdp", None, "tp")
+
+    def on_device(q, k, v, out_grad, window, segments):
+        attend = functools.partial(
+            in_form, window=window, windows=(100, None, 70), scale=SCALE, cap=CAP, segments=segments, form=form
+        )
+        return with_gradients(attend, q, k, v, out_grad)
+
+    mapped = jax.shard_map(
+        on_device, mesh=make_mesh(2, 2), in_specs=(heads, heads, heads, heads, P(), rows), out_specs=heads
+    )
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(mapped, compiler_options=QUICK)(*inputs, np.array(100, np.int32), segments)
+    assert_near(found, expected(*inputs, segments, 100, CAP))
+
+
+@pytest.mark.parametrize("form", ("kernel_interpreted", "blocks"))
+def test_heads_over_tp_may_share_keys(form):
+    """Where keys and values are the same on all devices of `tp`, their gradients are sums over these."""
+    *inputs, segments = arrays(2, 128, 2, 1, 8, True)
+    rows, heads = P("fsdp"), P("fsdp", None, "tp")
+
+    def on_device(q, k, v, out_grad, segments):
+        attend = functools.partial(
+            in_form, window=np.array(40, np.int32), windows=(40,), scale=SCALE, cap=None, segments=segments, form=form
+        )
+        return with_gradients(attend, q, k, v, out_grad)
+
+    mapped = jax.shard_map(
+        on_device,
+        mesh=make_mesh(2, 2),
+        in_specs=(heads, rows, rows, heads, rows),
+        out_specs=(heads, heads, rows, rows),
+    )
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(mapped, compiler_options=QUICK)(*inputs, segments)
+    assert_near(found, expected(*inputs, segments, 40, None))
+
+
+@pytest.mark.parametrize("form", ("kernel_interpreted", "blocks"))
+def test_windows_that_vary_under_a_scan_over_layers(form):
+    q, k, v, out_grad, _ = arrays(2, 256, 4, 2, 8, False)
+    windows = (None, 30, 200, 30)
+
+    def through_layers(attend):
+        def stacked(q, k, v):
+            return jax.lax.scan(lambda x, window: (attend(x, k, v, window), None), q, sizes)[0]
+
+        return jax.jit(functools.partial(with_gradients, stacked), compiler_options=QUICK)(q, k, v, out_grad)
+
+    sizes = np.array([2**30, 30, 200, 30], np.int32)
+    with jax.default_matmul_precision("highest"):
+        found = through_layers(lambda q, k, v, window: in_form(q, k, v, window, windows, SCALE, CAP, None, form))
+        wanted = through_layers(lambda q, k, v, window: plain(q, k, v, window, SCALE, CAP, None))
+    assert_near(found, wanted)
+
+
+@pytest.mark.parametrize("time", (1, 7, 129, 300, 1100))
+def test_blocks_of_odd_lengths(time):
+    """1100 positions are 9 blocks in 5 spans, of which the last holds one block."""
+    *inputs, segments = arrays(1, time, 2, 1, 4, time > 7)
+    window = max(1, time // 2)
+    attend = functools.partial(
+        self_attention, window=np.array(window, np.int32), windows=(window,), scale=SCALE, cap=CAP, segments=segments
+    )
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(functools.partial(with_gradients, attend), compiler_options=QUICK)(*inputs)
+    wanted = expected(*inputs, segments, window, CAP)
+    if time == 1:  # one position sees itself alone: no gradient reaches its query and its key
+        assert not found[1].any() and not found[2].any()
+        found, wanted = (*found[:1], inputs[0], inputs[1], found[3]), (*wanted[:1], inputs[0], inputs[1], wanted[3])
+    assert_near(found, wanted)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    time=st.sampled_from((2, 5, 16, 131)),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    window=st.integers(1, 140),
+    segmented=st.booleans(),
+    cap=st.sampled_from((None, 2.0)),
+)
+def test_blocks_of_any_shape(time, kv_heads, group, window, segmented, cap):
+    *inputs, segments = arrays(2, time, kv_heads * group, kv_heads, 4, segmented)
+    inputs[3] = 1.0 + inputs[3]
+    attend = functools.partial(
+        self_attention, window=np.array(window, np.int32), windows=(3, window), scale=SCALE, cap=cap, segments=segments
+    )
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(functools.partial(with_gradients, attend), compiler_options=QUICK)(*inputs)
+    for one, other in zip(found, expected(*inputs, segments, window, cap), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(other).max())))
+
+
+def test_one_block_is_what_decoding_computes():
+    """`layers.attend`, which decoding keeps, is the same function."""
+    q, k, v, *_ = arrays(2, 50, 4, 2, 8, False)
+    found = jax.jit(lambda: self_attention(q, k, v, np.array(9, np.int32), (9,), SCALE, CAP))()
+    wanted = layers.attend(q, k, v, jnp.arange(50)[None], np.array(9, np.int32), SCALE, CAP)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ("kernel_interpreted", "blocks"))
+def test_bfloat16_differs_by_its_rounding(form):
+    """Inputs are exact in bfloat16. Its unit of rounding is 2^-8; weights, gradients of scores and results are each
+    rounded once, and of each sum the rounding of single terms is a small part."""
+    *inputs, _ = arrays(1, 256, 4, 2, 16, False)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    attend = functools.partial(
+        in_form, window=np.array(90, np.int32), windows=(90,), scale=0.5, cap=CAP, segments=None, form=form
+    )
+    found = jax.jit(functools.partial(with_gradients, attend), compiler_options=QUICK)(*inputs)
+    assert all(x.dtype == jnp.bfloat16 for x in found)
+    wide = [x.astype(jnp.float32) for x in inputs]
+    wanted = with_gradients(lambda q, k, v: plain(q, k, v, 90, 0.5, CAP, None), *wide)
+    assert_near(found, wanted, 2.0**-7)
+
+
+# --- what the programs hold and compute ---------------------------------------------------------------------------
+
+
+def equations(jaxpr: Jaxpr):
+    """All equations of a program, those of every program inside it included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        waiting = list(equation.params.values())
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, (list, tuple)):
+                waiting += value
+            elif isinstance(value, ClosedJaxpr):
+                yield from equations(value.jaxpr)
+            elif isinstance(value, Jaxpr):
+                yield from equations(value)
+
+
+def largest(attend, time: int) -> int:
+    """Elements of the largest array in the program of output and gradients."""
+    q = jnp.zeros((1, time, 2, 2))
+    jaxpr = jax.make_jaxpr(functools.partial(with_gradients, attend))(q, q[:, :, :1], q[:, :, :1], q).jaxpr
+    return max(math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars)
+
+
+def test_no_array_of_all_queries_and_keys():
+    for time in (2048, 4096, 8192):
+        found = largest(lambda q, k, v: in_form(q, k, v, np.array(9, np.int32), (9,), SCALE, CAP, None, "blocks"), time)
+        assert found == 2 * 128 * time  # scores of a block of queries of two heads against all keys
+    positions = jnp.arange(2048)[None]
+    found = largest(lambda q, k, v: layers.attend(q, k, v, positions, np.array(9, np.int32), SCALE, CAP), 2048)
+    assert found == 2 * 2048**2
+
+
+def test_memory_grows_with_the_length():
+    """Also of the compiled program: the loops over blocks run one after the other."""
+
+    def temporary(time):
+        attend = functools.partial(
+            in_form, window=np.array(9, np.int32), windows=(9,), scale=1.0, cap=None, segments=None, form="blocks"
+        )
+        shape = jax.ShapeDtypeStruct((1, time, 1, 2), jnp.float32)
+        program = jax.jit(functools.partial(with_gradients, attend), compiler_options=QUICK).lower(*[shape] * 4)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 2.2 * temporary(4096)
+    assert temporary(8192) < 8192**2  # a quarter of one array of scores
+
+
+def forward_kernels(remat: str) -> int:
+    """How often the forward kernel stands in the gradient's program of a model of stacked blocks and a last one."""
+    config = ModelConfig(
+        vocab_size=8, embed=4, mlp=4, layers=3, heads=2, kv_heads=1, head_dim=2, windows=(None, 2000, None)
+    )
+    model = families.abstract(config)
+    ids = jnp.zeros((1, 128), jnp.int32)
+
+    def gradient(model):
+        return jax.grad(lambda m: m.trunk(ids, None, None, jnp.dtype("float32"), remat)[0].sum(), allow_int=True)(model)
+
+    layout = specs(model, make_mesh(1, 1))
+    mapped = jax.shard_map(gradient, mesh=make_mesh(1, 1), in_specs=(layout,), out_specs=layout)
+    kernels = [e.params["name"] for e in equations(jax.make_jaxpr(mapped)(model).jaxpr) if "name" in e.params]
+    assert sum("dkv" in name for name in kernels if isinstance(name, str)) == 1
+    return sum("fwd" in name for name in kernels if isinstance(name, str))
+
+
+@pytest.mark.parametrize("remat, times", (("none", 1), ("dots", 1), ("full", 2)))
+def test_what_is_saved_of_attention_is_not_computed_again(remat, times):
+    assert forward_kernels(remat) == times
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_the_kernel():
+    assert {time: kernel_block(time) for time in (1, 100, 128, 256, 384, 512, 640, 1024, 2048, 2049)} == {
+        1: None, 100: None, 128: 128, 256: 128, 384: 128, 512: 256, 640: 128, 1024: 512, 2048: 512, 2049: None
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("window", (None, 1, 128, 129, 130, 300))
+def test_operations_of_the_kernel_are_those_of_the_blocks_it_visits(window):
+    """Counted by hand from the mask, and as the kernel's own description of its blocks has them."""
+    time, block = 768, kernel_block(768)
+    at = np.arange(time)
+    mask = (at[:, None] >= at) & (at[:, None] - at < (window or time))
+    visited = mask.reshape(time // block, block, time // block, block).any(axis=(1, 3)).sum()
+    product = 2 * block * block * 16 * 3 * 5 * visited  # of all rows and heads
+    assert kernel_flops(5, time, 3, 16, window) == (2 * product, 5 * product)
+    kernel = attention._kernel(attention.Setting((time,), None, "by_platform"), time, 3, window or time)
+    for info in (kernel.fwd_mask_info, kernel.dkv_mask_info):
+        assert np.count_nonzero(info.block_mask) == visited
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("segmented", (False, True))
+@pytest.mark.parametrize(
+    "time, heads, kv_heads, head_dim, cap, windows, tp",
+    (
+        (2048, 8, 4, 256, 50.0, (4096, None), 1),
+        (2048, 8, 4, 256, 50.0, (1024, None), 4),
+        (512, 8, 4, 256, 50.0, (4096, None), 4),
+        (2048, 24, 8, 128, None, (None,), 1),
+        (512, 24, 8, 128, None, (None,), 4),
+        (512, 9, 3, 64, None, (None,), 1),
+        (2048, 4, 1, 256, None, (512, None), 1),
+    ),
+)
+def test_the_kernel_compiles_for_a_tpu(monkeypatch, time, heads, kv_heads, head_dim, cap, windows, tp, segmented):
+    """Forward and backward, ahead of time for the 16 chips of a v4-32, from this machine's CPU."""
+    pytest.importorskip("libtpu", reason="the compiler for TPUs, which the package libtpu holds, is not installed")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name="v4:2x2x4",
+        chip_config_name="megacore",
+        chips_per_host_bounds=(2, 2, 1),
+        num_slices=1,
+    )
+    mesh = jax.make_mesh((16 // tp, tp), ("fsdp", "tp"), (AxisType.Auto,) * 2, devices=topology.devices)
+
+    def on_device(q, k, v, out_grad, window, segments):
+        attend = functools.partial(
+            self_attention, window=window, windows=windows, scale=0.1, cap=cap, segments=segments
+        )
+        return with_gradients(attend, q, k, v, out_grad)
+
+    def array(layout, dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, layout))
+
+    layout, rows = P("fsdp", None, "tp"), 16 // tp
+    q, k = (array(layout, jnp.bfloat16, rows, time, count, head_dim) for count in (heads, kv_heads))
+    segments = array(P("fsdp"), jnp.int32, rows, time) if segmented else None
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=(layout,) * 4 + (P(), P("fsdp")), out_specs=layout)
+    program = jax.jit(mapped).lower(q, k, k, q, array(P(), jnp.int32), segments).compile().as_text()
+    kernels = 1 if {size for size in windows if size and size < time} == set() else 2
+    calls = [line for line in program.splitlines() if "tpu_custom_call" in line]
+    for phase in ("fwd", "dkv"):
+        assert sum(f"splash_mha_{phase}" in line for line in calls) == kernels
