@@ -1,8 +1,12 @@
 """From hidden states to the numbers that losses read: the only file that sees the vocabulary axis.
 
-Positions are worked off in blocks whose logits are recomputed in the backward pass, and entries are divided over `tp`,
-so that no array with both a time axis and a whole vocabulary axis exists, forward or backward.
+Entries are divided over `tp`. Logits are worked off in blocks of positions and entries, whose sums of exponentials are
+brought together as they go (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867), and the backward pass
+computes each block again. So no array with both a time axis and a whole vocabulary axis exists, forward or backward, and
+the table is read once for many positions.
 """
+
+import functools
 
 import equinox as eqx
 import jax
@@ -11,11 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from minalm.layers import softcap
-from minalm.sharding import gather_channels, param, tp_max, tp_offset, tp_sum
+from minalm.sharding import gather_channels, param, tp_max, tp_offset, tp_sum, vary_like
 from minalm.types import TokenStats
 
-BLOCK_ELEMENTS = 2**25  # logits of one block on one device: 128 MiB in float32
-BLOCK_POSITIONS = 512
+BLOCK_ENTRIES = 8192
+BLOCK_ELEMENTS = 2**23  # logits of one block on one device: 32 MiB in float32
+LOWEST = -1e30  # the maximum over no logits, finite so that exp(-inf - LOWEST) is 0
 
 
 class Entries(eqx.Module):
@@ -50,37 +55,110 @@ def token_stats(
     """log p(target) and the log boundary mass at every position, from the states after the final norm.
 
     The entries are split into boundary and rest, each with its own maximum: one exponential per entry, and the boundary
-    mass keeps its digits and its gradient however small it is.
+    mass keeps its digits and its gradient however small it is. Gradients of all blocks add up in float32.
     """
     batch, time, embed = hidden.shape
-    # Gathered in the compute dtype, but kept in the stored one: the gradients of all blocks add up in float32.
-    table = gather_channels(unembedding, hidden.dtype).astype(unembedding.dtype)
-    offset = tp_offset(table.shape[0])
-
-    def log_sum(exponentials, maximum, chosen):
-        return jnp.log(tp_sum(jnp.sum(exponentials, axis=-1, where=chosen))) + maximum
-
-    @jax.checkpoint
-    def of_block(block):
-        hidden, targets = block
-        logits = block_logits(hidden, table.astype(hidden.dtype), entries.exists, final_softcap)
-        top = tp_max(jnp.max(logits, axis=-1, where=entries.boundary, initial=-jnp.inf))
-        rest_top = tp_max(jnp.max(logits, axis=-1, where=~entries.boundary, initial=-jnp.inf))
-        exponentials = jnp.exp(logits - jnp.where(entries.boundary, top[:, None], rest_top[:, None]))
-        boundary = log_sum(exponentials, top, entries.boundary)
-        total = jnp.logaddexp(boundary, log_sum(exponentials, rest_top, ~entries.boundary))
-        local = targets - offset
-        held = (local >= 0) & (local < table.shape[0])
-        at_target = jnp.take_along_axis(logits, jnp.where(held, local, 0)[:, None], axis=1)[:, 0]
-        return tp_sum(jnp.where(held, at_target, 0.0)) - total, boundary - total
-
+    table = gather_channels(unembedding, hidden.dtype)
     positions = batch * time
-    block = min(positions, BLOCK_POSITIONS, max(1, BLOCK_ELEMENTS // table.shape[0]))
-    padding = -positions % block
-    hidden = jnp.pad(hidden.reshape(positions, embed), ((0, padding), (0, 0))).reshape(-1, block, embed)
-    targets = jnp.pad(targets.reshape(positions), (0, padding)).reshape(-1, block)
-    logp, boundary = jax.lax.map(of_block, (hidden, targets))
+    blocks = -(-positions // max(1, BLOCK_ELEMENTS // min(table.shape[0], BLOCK_ENTRIES)))
+    size = -(-positions // blocks)
+    padding = blocks * size - positions
+    # Each device of `tp` has a gradient of the states by its own entries; the transpose of this line sums them.
+    hidden = vary_like(hidden, table)
+    hidden = jnp.pad(hidden.reshape(positions, embed), ((0, padding), (0, 0))).reshape(blocks, size, embed)
+    local = targets.reshape(positions) - tp_offset(table.shape[0])
+    local = jnp.pad(local, (0, padding)).reshape(blocks, size)
+    logp, boundary = _stats(final_softcap, hidden, local, table, entries)
     return TokenStats(
         logp=logp.reshape(-1)[:positions].reshape(batch, time),
         boundary=boundary.reshape(-1)[:positions].reshape(batch, time),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats(cap, hidden, targets, table, entries):
+    """(log p of the targets, log boundary mass), [block, position] each. `hidden` is [block, position, embed] and
+    `targets`, [block, position], are numbers of rows of this device's table, or none of them."""
+    return _stats_forward(cap, hidden, targets, table, entries)[0]
+
+
+def _stats_forward(cap, hidden, targets, table, entries):
+    def of_positions(block):
+        hidden, targets = block
+
+        def add(sums, start):
+            tops, masses, at_target = sums
+            _, logits, numbers, fresh, boundary = _block(cap, hidden, table, entries, start)
+            kinds = boundary, ~boundary
+            found = [jnp.max(logits, axis=-1, where=kind, initial=LOWEST) for kind in kinds]
+            higher = jnp.maximum(tops, jnp.stack(found))
+            exponentials = jnp.exp(logits - jnp.where(boundary, higher[0][:, None], higher[1][:, None]))
+            added = jnp.stack([jnp.sum(exponentials, axis=-1, where=kind) for kind in kinds])
+            hit = fresh & (numbers == targets[:, None])
+            at_target = at_target + jnp.sum(logits, axis=-1, where=hit)
+            return (higher, masses * jnp.exp(tops - higher) + added, at_target), None
+
+        nothing = jnp.full((2, len(targets)), LOWEST), jnp.zeros((2, len(targets))), jnp.zeros(len(targets))
+        sums = vary_like(nothing, hidden, targets)
+        (tops, masses, at_target), _ = jax.lax.scan(add, sums, _starts(table))
+        highest = tp_max(tops)
+        boundary, rest = jnp.log(tp_sum(masses * jnp.exp(tops - highest))) + highest
+        total = jnp.logaddexp(boundary, rest)
+        return tp_sum(at_target) - total, boundary - total, boundary, total
+
+    logp, mass, boundary, total = jax.lax.map(of_positions, (hidden, targets))
+    return (logp, mass), (hidden, targets, table, entries, boundary, total)
+
+
+def _stats_backward(cap, saved, grads):
+    """With p = exp(logit - total), and q = exp(logit - boundary) of boundary entries: d logp = [target] - p and
+    d mass = q - p."""
+    hidden, targets, table, entries, *masses = saved
+
+    def of_positions(table_grad, block):
+        hidden, targets, (boundary_mass, total), (logp_grad, mass_grad) = block
+
+        def add(sums, start):
+            hidden_grad, table_grad = sums
+            rows, logits, numbers, fresh, boundary = _block(cap, hidden, table, entries, start)
+            inside = jnp.where(boundary, jnp.exp(logits - boundary_mass[:, None]), 0.0)
+            grad = mass_grad[:, None] * inside - (logp_grad + mass_grad)[:, None] * jnp.exp(logits - total[:, None])
+            grad = grad + jnp.where(numbers == targets[:, None], logp_grad[:, None], 0.0)
+            if cap is not None:
+                grad = grad * (1.0 - jnp.square(logits / cap))
+            grad = jnp.where(fresh, grad, 0.0).astype(hidden.dtype)
+            rows_grad = jnp.einsum("pv,pe->ve", grad, hidden, preferred_element_type=jnp.float32)
+            rows_grad = rows_grad + jax.lax.dynamic_slice_in_dim(table_grad, start, len(rows))
+            table_grad = jax.lax.dynamic_update_slice_in_dim(table_grad, rows_grad, start, 0)
+            hidden_grad = hidden_grad + jnp.einsum("pv,ve->pe", grad, rows, preferred_element_type=jnp.float32)
+            return (hidden_grad, table_grad), None
+
+        hidden_grad = vary_like(jnp.zeros(hidden.shape, jnp.float32), hidden)
+        (hidden_grad, table_grad), _ = jax.lax.scan(add, (hidden_grad, table_grad), _starts(table))
+        return table_grad, hidden_grad.astype(hidden.dtype)
+
+    table_grad = vary_like(jnp.zeros(table.shape, jnp.float32), table, hidden)
+    table_grad, hidden_grad = jax.lax.scan(of_positions, table_grad, (hidden, targets, tuple(masses), grads))
+    return hidden_grad, None, table_grad.astype(table.dtype), None
+
+
+_stats.defvjp(_stats_forward, _stats_backward)
+
+
+def _starts(table):
+    """First rows of the blocks of a table. The last block may begin in the one before it."""
+    rows = table.shape[0]
+    size = min(rows, BLOCK_ENTRIES)
+    return np.minimum(np.arange(0, rows, size), rows - size).astype(np.int32)
+
+
+def _block(cap, hidden, table, entries, start):
+    """(rows of the table, logits [position, entry], numbers of the rows, which of these exist and were not in an
+    earlier block, which are boundary entries) of the block that begins at `start`."""
+    size = min(table.shape[0], BLOCK_ENTRIES)
+    rows, exists, boundary = (
+        jax.lax.dynamic_slice_in_dim(x, start, size) for x in (table, entries.exists, entries.boundary)
+    )
+    numbers = start + jnp.arange(size)
+    fresh = exists & (numbers >= -(-start // size) * size)  # from where a block begins if all are full
+    return rows, block_logits(hidden, rows, fresh, cap), numbers, fresh, boundary

@@ -483,16 +483,17 @@ def assert_equal_leaves(found, expected):
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
-@pytest.mark.parametrize("block", (1, 4, 7))  # of 20 positions
-def test_blocks_of_positions_do_not_change_the_numbers(monkeypatch, whole, block):
-    monkeypatch.setattr(head, "BLOCK_POSITIONS", block)
+@pytest.mark.parametrize("positions, rows", ((1, 20), (7, 20), (20, 7), (4, 8), (3, 1)))  # of 20 and 20
+def test_blocks_do_not_change_the_numbers(monkeypatch, whole, positions, rows):
+    monkeypatch.setattr(head, "BLOCK_ENTRIES", rows)
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", positions * rows)
     assert_equal_leaves(head_stats(*head_arguments(), 1.5), whole)
 
 
-@pytest.mark.parametrize("elements", (1, 3 * ROWS_OF_TABLE))  # blocks of 1 and 3 positions
-def test_large_vocabularies_get_smaller_blocks(monkeypatch, whole, elements):
-    monkeypatch.setattr(head, "BLOCK_ELEMENTS", elements)
-    assert_equal_leaves(head_stats(*head_arguments(), 1.5), whole)
+def test_blocks_on_a_mesh(monkeypatch, whole):
+    monkeypatch.setattr(head, "BLOCK_ENTRIES", 4)
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 12)
+    assert_equal_leaves(head_stats(*head_arguments(), 1.5, 2, 2), whole)
 
 
 @pytest.mark.parametrize("fsdp, tp", ((4, 2), (2, 4), (1, 4)))

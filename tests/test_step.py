@@ -319,17 +319,18 @@ def dense(jaxpr: Jaxpr) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("balance", ("gradmag", "fixed"))
 def test_no_array_has_a_time_and_a_vocabulary_axis(monkeypatch, balance):
-    monkeypatch.setattr(head, "BLOCK_POSITIONS", 9)
+    monkeypatch.setattr(head, "BLOCK_ENTRIES", 13)
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 9 * 13)
     config = settings()
     config = dataclasses.replace(config, losses=dataclasses.replace(config.losses, balance=balance))
     jaxpr = program(config, *models())
     shapes = {tuple(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape")}
-    assert {(9, 60), (9, 52), (60, 40), (52, 40)} <= shapes  # the walk sees the blocks of logits and the tables
+    assert {(9, 13), (13, 40), (60, 40), (52, 40)} <= shapes  # the walk sees the blocks of logits and the tables
     assert dense(jaxpr) == set()
 
 
 def test_a_dense_head_would_be_found(monkeypatch):
-    monkeypatch.setattr(head, "BLOCK_POSITIONS", 10**6)
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 10**9)
     found = dense(program(settings(), *models()))
     assert (ROWS_OF_BATCH * STUDENT_TIME, 60) in found and (ROWS_OF_BATCH * TEACHER_TIME, 52) in found
 
