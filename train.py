@@ -383,7 +383,7 @@ def finish(
 ) -> tuple[TokenStats, jax.Array | None]:
     """From the trunk's output to what the losses read: token statistics, and the hidden states at the chunk ends."""
     x, states = trunk_output
-    hidden = model.finish(x)
+    hidden = model.finish(x, config.remat)
     stats = head.token_stats(hidden, tokens.targets, model.unembedding, entries, model.config.final_softcap)
     if config.losses.latents:
         last = pick(hidden, close)[None]

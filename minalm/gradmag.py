@@ -39,23 +39,23 @@ def balanced_grad(
     the last block.
     """
     hidden, pull_trunk = jax.vjp(lambda model: trunk(model, batch), model)
+    in_tail, in_trunk = eqx.partition(model, model.in_tail())
     losses, pull_tail, auxiliary = jax.vjp(
-        lambda model, hidden: tail(model, batch, hidden), model, hidden, has_aux=True
+        lambda part, hidden: tail(eqx.combine(part, in_trunk), batch, hidden), in_tail, hidden, has_aux=True
     )
     if config.balance == "fixed":
         weights = jnp.array(config.weights, jnp.float32)
         tail_grad, hidden_grad = pull_tail(weights)
     else:
-        each = [pull_tail(one_hot) for one_hot in jnp.eye(len(config.names), dtype=jnp.float32)]
-        weights = _weights([grad.last for grad, _ in each], config)
+        each = _each(pull_tail, config)
+        weights = _weights(each[0].last, config)
 
-        def weighted(*leaves):
-            total = sum(weight * leaf.astype(jnp.float32) for weight, leaf in zip(weights, leaves, strict=True))
-            return total.astype(leaves[0].dtype)
+        def weighted(leaf):
+            return jnp.tensordot(weights, leaf.astype(jnp.float32), axes=1).astype(leaf.dtype)
 
-        tail_grad, hidden_grad = jax.tree.map(weighted, *each)
+        tail_grad, hidden_grad = jax.tree.map(weighted, each)
     (trunk_grad,) = pull_trunk(hidden_grad)
-    return jax.tree.map(jnp.add, tail_grad, trunk_grad), losses, weights, auxiliary
+    return eqx.apply_updates(trunk_grad, tail_grad), losses, weights, auxiliary
 
 
 def accumulated_grad(
@@ -83,10 +83,9 @@ def accumulated_grad(
             _, pull, _ = jax.vjp(
                 lambda last: tail(eqx.tree_at(lambda m: m.last, model, last), part, hidden), model.last, has_aux=True
             )
-            each = [pull(one_hot)[0] for one_hot in jnp.eye(len(config.names), dtype=jnp.float32)]
-            return added(totals, each), None
+            return added(totals, _each(pull, config)[0]), None
 
-        nothing = [jax.tree.map(jnp.zeros_like, model.last) for _ in config.names]
+        nothing = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf) for _ in config.names]), model.last)
         each, _ = jax.lax.scan(last_grads, nothing, parts)
         weights = _weights(each, config)
 
@@ -103,6 +102,12 @@ def accumulated_grad(
     return grad, losses, weights, auxiliary
 
 
-def _weights(last_grads: list[PyTree], config: LossConfig) -> Float32[Array, " loss"]:
-    norms = jnp.sqrt(jnp.stack([squared_norm(grad) for grad in last_grads]))
-    return magnitude_weights(norms, config.weights, config.preserve_magnitude)
+def _each(pull: Callable, config: LossConfig) -> PyTree:
+    """What each loss pulls back, stacked along a leading axis; one after the other, for the memory of one."""
+    return jax.lax.map(pull, jnp.eye(len(config.names), dtype=jnp.float32))
+
+
+def _weights(last_grads: PyTree, config: LossConfig) -> Float32[Array, " loss"]:
+    """The weights from the last block's gradient of each loss, [loss, ...]."""
+    norms = [squared_norm(jax.tree.map(lambda leaf: leaf[loss], last_grads)) for loss in range(len(config.names))]
+    return magnitude_weights(jnp.sqrt(jnp.stack(norms)), config.weights, config.preserve_magnitude)

@@ -19,7 +19,7 @@ from minalm.sharding import gather_channels, param, tp_max, tp_offset, tp_sum, v
 from minalm.types import TokenStats
 
 BLOCK_ENTRIES = 8192
-BLOCK_ELEMENTS = 2**23  # logits of one block on one device: 32 MiB in float32
+BLOCK_ELEMENTS = 2**22  # logits of one block on one device: 16 MiB in float32
 LOWEST = -1e30  # the maximum over no logits, finite so that exp(-inf - LOWEST) is 0
 
 

@@ -7,6 +7,7 @@ differentiates it alone.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import equinox as eqx
@@ -258,6 +259,16 @@ class Transformer(eqx.Module):
     def unembedding(self) -> Float[Array, "vocab embed"]:
         return self.embed if self.unembed is None else self.unembed
 
+    def in_tail(self) -> "Transformer":
+        """True in the place of each parameter that the last block, the final norm and the head read, else False."""
+        none = jax.tree.map(lambda _: False, self)
+        parts = "last", "norm", "embed" if self.unembed is None else "unembed"
+        return eqx.tree_at(
+            lambda model: [getattr(model, part) for part in parts],
+            none,
+            [jax.tree.map(lambda _: True, getattr(self, part)) for part in parts],
+        )
+
     def embed_tokens(
         self, inputs: Int[Array, "batch time"], ngram: Int[Array, "batch time"] | None, dtype: jnp.dtype
     ) -> Float[Array, "batch time embed"]:
@@ -288,20 +299,26 @@ class Transformer(eqx.Module):
             return x, pick(x, picks)
 
         first = pick(x, picks)
-        if remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
-        x, rest = jax.lax.scan(body, x, (self.blocks, stacked))
+        x, rest = jax.lax.scan(checkpointed(body, remat), x, (self.blocks, stacked))
         return x, None if picks is None else jnp.concatenate([first[None], rest])
 
-    def finish(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
+    def finish(self, x: Float[Array, "batch time embed"], remat: Remat = "none") -> Float[Array, "batch time embed"]:
         """The last block and the final norm."""
         positions = jnp.arange(x.shape[1])[None]
-        _, last = self.config.varying()
-        x, _ = self.last(x, self.config, positions, last)
-        return self.final_norm(x)
+        _, varying = self.config.varying()
+
+        def body(last, x):
+            return last(x, self.config, positions, varying)[0]
+
+        return self.final_norm(checkpointed(body, remat)(self.last, x))
 
     def final_norm(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
         return layers.rms_norm(x, self.norm, self.config.norm_eps, self.config.norm_plus_one)
+
+
+def checkpointed(body: Callable, remat: Remat) -> Callable:
+    """A block's function, of which the backward pass finds saved what `remat` says."""
+    return body if remat == "none" else jax.checkpoint(body, policy=REMAT_POLICIES[remat])
 
 
 def pick(
