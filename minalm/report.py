@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from minalm.cost import Estimate
 from minalm.types import Batch
 from minalm.vocab import Vocabulary
 
@@ -108,3 +109,72 @@ def show_samples(prompts: Sequence[str], continuations: Sequence[str]) -> None:
     for prompt, continuation in zip(prompts, continuations, strict=True):
         console.print(Text(_printable(prompt), "dim") + Text(_printable(continuation), "bold"))
         console.rule(style="dim")
+
+
+def show_estimate(estimate: Estimate) -> None:
+    """What a step takes of the chips that it was compiled for."""
+    topology, chip = estimate.topology, estimate.topology.chip
+    table = Table(title="one step, compiled and not run")
+    table.add_column("")
+    table.add_column("each chip" if chip else "each device", justify="right")
+    table.add_column("")
+
+    def section(*rows: tuple[str, str, str]) -> None:
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.2f} GiB"
+
+    fsdp, tp = estimate.mesh
+    section(
+        (
+            "mesh",
+            f"{fsdp} x {tp}",
+            f"fsdp x tp on {estimate.devices} {chip.name if chip else 'CPU devices'} ({topology.name})",
+        ),
+        ("compiled in", f"{estimate.compile_seconds:.0f} s", ""),
+    )
+    total = sum(estimate.memory.values())
+    section(
+        *((name, gib(size), "") for name, size in estimate.memory.items()),
+        ("memory, total", gib(total), f"{total / chip.memory:.0%} of {gib(chip.memory)}" if chip else ""),
+    )
+    whole = estimate.flops * estimate.devices
+    section(
+        (
+            "FLOPs",
+            f"{estimate.flops:.3g}",
+            f"{whole:.3g} in all, {whole / estimate.model_flops:.2f} x the model's own {estimate.model_flops:.3g}",
+        ),
+        ("memory traffic", f"{estimate.traffic.memory / 1e9:.1f} GB", "by the model of XLA's cost analysis"),
+    )
+    sent, least = estimate.traffic.sent, estimate.least_sent
+    section(
+        *(
+            (f"sent: {kind}", f"{size / 1e9:.2f} GB", f"least {least[kind] / 1e9:.2f} GB")
+            for kind, size in sent.items()
+            if size or least[kind]
+        ),
+        (
+            "sent, total",
+            f"{sum(sent.values()) / 1e9:.2f} GB",
+            f"least {sum(least.values()) / 1e9:.2f} GB for fsdp x tp",
+        ),
+    )
+    if chip:
+        bounds = estimate.bounds()
+        binds = max(bounds, key=bounds.get)
+        section(
+            *(
+                (f"bound by {name}", f"{seconds:.3f} s", "binds" if name == binds else "")
+                for name, seconds in bounds.items()
+            ),
+            (f"{estimate.steps} steps", f"{estimate.steps * bounds[binds] / 3600:.1f} h", "at that bound"),
+        )
+    console.print(table)
+    if chip:
+        console.print(
+            Text("A bound says what a step cannot be faster than. Nothing was run and nothing was timed.", "dim")
+        )
