@@ -1032,8 +1032,12 @@ def topology_devices(topology: cost.Topology) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    # Ask no server which chips this machine has, nor mind another process that uses libtpu.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {  # ask nobody which chips this machine has, nor warn of it; other processes may use libtpu too
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     options = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
     try:
         return topologies.get_topology_desc(topology.name, "tpu", **options).devices
@@ -1055,9 +1059,12 @@ def model_shapes(config: Config) -> tuple[Transformer, Transformer | None]:
             "name the folder of the teacher"
         )
     teacher = SHAPES[name]
-    rows = -(-(256 + ROW_MULTIPLE) // ROW_MULTIPLE) * ROW_MULTIPLE  # bytes, and some control tokens
-    expansion_size = teacher.vocab_size if config.expansion else None
-    student = dataclasses.replace(teacher, vocab_size=rows, tied=False, expansion_size=expansion_size)
+    student = dataclasses.replace(
+        teacher,
+        vocab_size=256 + ROW_MULTIPLE,  # bytes, and up to that many control tokens
+        tied=False,
+        expansion_size=teacher.vocab_size if config.expansion else None,
+    )
     return families.abstract(student), families.abstract(teacher)
 
 

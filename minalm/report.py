@@ -119,62 +119,52 @@ def show_estimate(estimate: Estimate) -> None:
     table.add_column("each chip" if chip else "each device", justify="right")
     table.add_column("")
 
-    def section(*rows: tuple[str, str, str]) -> None:
-        for row in rows:
-            table.add_row(*row)
+    def rows(*lines: tuple[str, str, str]) -> None:
+        for line in lines:
+            table.add_row(*line)
         table.add_section()
 
-    def gib(size: float) -> str:
-        return f"{size / 2**30:.2f} GiB"
-
     fsdp, tp = estimate.mesh
-    section(
-        (
-            "mesh",
-            f"{fsdp} x {tp}",
-            f"fsdp x tp on {estimate.devices} {chip.name if chip else 'CPU devices'} ({topology.name})",
-        ),
+    kind = chip.name if chip else "CPU device"
+    rows(
+        ("mesh, fsdp x tp", f"{fsdp} x {tp}", f"{estimate.devices} x {kind} of {topology.name}"),
         ("compiled in", f"{estimate.compile_seconds:.0f} s", ""),
     )
     total = sum(estimate.memory.values())
-    section(
-        *((name, gib(size), "") for name, size in estimate.memory.items()),
-        ("memory, total", gib(total), f"{total / chip.memory:.0%} of {gib(chip.memory)}" if chip else ""),
+    rows(
+        *((name, _bytes(size), "") for name, size in estimate.memory.items()),
+        ("memory in all", _bytes(total), f"{total / chip.memory:.0%} of {chip.memory / 2**30:.0f} GiB" if chip else ""),
     )
-    whole = estimate.flops * estimate.devices
-    section(
-        (
-            "FLOPs",
-            f"{estimate.flops:.3g}",
-            f"{whole:.3g} in all, {whole / estimate.model_flops:.2f} x the model's own {estimate.model_flops:.3g}",
-        ),
-        ("memory traffic", f"{estimate.traffic.memory / 1e9:.1f} GB", "by the model of XLA's cost analysis"),
+    whole, own = estimate.flops * estimate.devices, estimate.model_flops
+    rows(
+        ("FLOPs", f"{estimate.flops:.3g}", f"{whole:.3g} in all: {whole / own:.2f} x the model's own {own:.3g}"),
+        ("memory traffic", _bytes(estimate.traffic.memory), "by XLA's model, without on-chip memory" if chip else ""),
     )
     sent, least = estimate.traffic.sent, estimate.least_sent
-    section(
-        *(
-            (f"sent: {kind}", f"{size / 1e9:.2f} GB", f"least {least[kind] / 1e9:.2f} GB")
-            for kind, size in sent.items()
-            if size or least[kind]
-        ),
-        (
-            "sent, total",
-            f"{sum(sent.values()) / 1e9:.2f} GB",
-            f"least {sum(least.values()) / 1e9:.2f} GB for fsdp x tp",
-        ),
+    shown = [name for name in sent if sent[name] or least[name]]
+    rows(
+        *((f"sent by {name}", _bytes(sent[name]), f"fsdp x tp needs {_bytes(least[name])}") for name in shown),
+        ("sent in all", _bytes(sum(sent.values())), f"fsdp x tp needs {_bytes(sum(least.values()))}"),
     )
     if chip:
         bounds = estimate.bounds()
         binds = max(bounds, key=bounds.get)
-        section(
+        hours = estimate.steps * bounds[binds] / 3600
+        rows(
             *(
-                (f"bound by {name}", f"{seconds:.3f} s", "binds" if name == binds else "")
-                for name, seconds in bounds.items()
+                (f"bound by {name}", f"{bound:.3f} s", "binds" if name == binds else "")
+                for name, bound in bounds.items()
             ),
-            (f"{estimate.steps} steps", f"{estimate.steps * bounds[binds] / 3600:.1f} h", "at that bound"),
+            (f"{estimate.steps:,} steps", f"{hours:.1f} h", "at that bound, or more"),
         )
+        table.caption = "A bound is what a step cannot be faster than. Nothing ran, nothing was timed."
     console.print(table)
-    if chip:
-        console.print(
-            Text("A bound says what a step cannot be faster than. Nothing was run and nothing was timed.", "dim")
-        )
+
+
+def _bytes(size: float) -> str:
+    """Bytes in a unit that leaves one to three digits before the point."""
+    for unit in ("B", "kiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
