@@ -962,7 +962,7 @@ def compile_only(config: Config) -> None:
     trained, frozen = eqx.partition(student, is_trained(config, student))
     dtype = jnp.dtype(config.compute_dtype)
     entries = [
-        head.Entries(*[jax.ShapeDtypeStruct((model.config.vocab_size,), bool)] * 2) if model else None
+        model and head.Entries(np.zeros(model.config.vocab_size, bool), np.zeros(model.config.vocab_size, bool))
         for model in (student, teacher)
     ]
     trained = place_shapes(trained, mesh, jnp.float32)
@@ -1071,20 +1071,20 @@ def model_shapes(config: Config) -> tuple[Transformer, Transformer | None]:
 def batch_shapes(config: Config, student: Transformer, teacher: Transformer | None, mesh: Mesh) -> Batch:
     """What `Models.batch` makes, as shapes on the mesh."""
 
-    def rows(length: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.batch_size, length), dtype, sharding=shardings(ROWS, mesh))
+    def rows(length: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros((config.batch_size, length), dtype)
 
     def tokens(model: Transformer, length: int) -> Tokens:
         ngram = None if model.expansion is None else rows(length)
-        return Tokens(rows(length), rows(length), rows(length, jnp.float32), ngram)
+        return Tokens(rows(length), rows(length), rows(length, np.float32), ngram)
 
-    theirs = config.student_length if teacher is None else config.teacher_length
-    chunks = min(config.student_length, theirs)
-    return Batch(
-        student=tokens(student, config.student_length),
+    ours, theirs = config.student_length, config.student_length if teacher is None else config.teacher_length
+    chunks = min(ours, theirs)
+    batch = Batch(
+        student=tokens(student, ours),
         teacher=None if teacher is None else tokens(teacher, theirs),
         chunks=AlignedChunks(
-            student_chunk=rows(config.student_length),
+            student_chunk=rows(ours),
             teacher_chunk=rows(theirs),
             student_close=rows(chunks),
             teacher_close=rows(chunks),
@@ -1092,6 +1092,8 @@ def batch_shapes(config: Config, student: Transformer, teacher: Transformer | No
             text_bytes=rows(chunks),
         ),
     )
+    layout = shardings(ROWS, mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), batch)
 
 
 @contextlib.contextmanager

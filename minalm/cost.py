@@ -343,7 +343,7 @@ def _arrays(kind: str) -> Iterator[tuple[float, bool]]:
     """Of each array of a type like `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`: bytes with its padding, and whether it is
     in fast memory, which the compiler writes as a memory space S(...)."""
     for dtype, shape, layout in ARRAY.findall(kind):
-        yield _padded([int(size) for size in shape.split(",") if size], layout) * WIDTHS[dtype], "S(" in layout
+        yield float(_padded([int(size) for size in shape.split(",") if size], layout) * WIDTHS[dtype]), "S(" in layout
 
 
 @dataclasses.dataclass(frozen=True)
