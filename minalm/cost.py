@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -145,30 +145,31 @@ def least_sent(
       gradients reduce-scattered, that of the last layer once for each loss that is balanced by it (`tail_gradients`).
     * Unembedding of the student: gathered once, its gradient reduce-scattered once. The teacher: gathered once.
     * Tables that are looked up in are not gathered: each device sends its ids (4 bytes), and gets the rows that it
-      asked for by an all-to-all, which the gradient of a trained table takes back.
+      asked for by an all-to-all, which the gradient takes back: once for all tables, since their rows are added up.
     * Gradients of what fsdp does not divide (norms, biases): all-reduced over the devices that hold a copy.
     * Over t, all-reduces of an activation, [batch / n, time, embed]: two in each layer forward, behind attention and
       the MLP; two backward, before them, and one before the unembedding, those of the last layer and the unembedding
       once for each of the `tail_gradients`; one for each table that is looked up in.
 
-    What is small is left out: a few float32 numbers for each position from the logits, and sums over the batch.
+    What is small is left out: a few float32 numbers for each position from the logits, and sums over the batch. A run
+    that keeps all layers as they were gathered (`--remat none`, if they fit) sends less.
     """
     n, t = mesh.shape["fsdp"], mesh.shape["tp"]
-    blocks, last, unembedding = (_whole(student, mesh, part) for part in ("blocks", "last", "unembedding"))
+    blocks, last, unembedding = _whole(student, mesh)
     gathers = 2 * blocks + last + unembedding
     scatters = blocks + tail_gradients * last + unembedding
     copies = sum(
         2 * leaf.size * (n * t - 1) / (n * t)  # a bias is divided over t, but is a copy on n devices: too small to tell
-        for leaf, spec in _with_specs(trained, mesh)
+        for leaf, spec in zip(jax.tree.leaves(trained), _layouts_of(specs(trained, mesh)), strict=True)
         if "fsdp" not in spec
     )
     hidden = batch / n * student_time * student.config.embed
     tables = 1 + (student.expansion is not None)
-    rows = hidden * (tables + sum(table is not None for table in (trained.embed, trained.expansion)))
+    rows = hidden * (tables + any(table is not None for table in (trained.embed, trained.expansion)))
     ids = batch / n * student_time * tables
     reduces = hidden * (2 * student.config.layers + 2 * (student.config.layers - 1) + 3 * tail_gradients + tables)
     if teacher is not None:
-        gathers += sum(_whole(teacher, mesh, part) for part in ("blocks", "last", "unembedding"))
+        gathers += sum(_whole(teacher, mesh))
         hidden = batch / n * teacher_time * teacher.config.embed
         tables = 1 + (teacher.expansion is not None)
         rows += hidden * tables
@@ -183,17 +184,19 @@ def least_sent(
     }
 
 
-def _with_specs(model: PyTree, mesh: Mesh) -> list[tuple[Any, P]]:
-    """Each array of a model with its layout."""
-    layouts = jax.tree.leaves(specs(model, mesh), is_leaf=lambda leaf: isinstance(leaf, P))
-    return list(zip(jax.tree.leaves(model), layouts, strict=True))
+def _whole(model: Transformer, mesh: Mesh) -> tuple[float, ...]:
+    """Numbers that a device holds of blocks, last block and unembedding once they are gathered over fsdp."""
+    layouts = specs(model, mesh)
+
+    def of(part: str) -> float:
+        pairs = zip(jax.tree.leaves(getattr(model, part)), _layouts_of(getattr(layouts, part)), strict=True)
+        return sum(leaf.size / (mesh.shape["tp"] if "tp" in spec else 1) for leaf, spec in pairs if "fsdp" in spec)
+
+    return of("blocks"), of("last"), of("embed" if model.unembed is None else "unembed")
 
 
-def _whole(model: Transformer, mesh: Mesh, part: Literal["blocks", "last", "unembedding"]) -> float:
-    """Numbers that a device holds of a part of a model once it is gathered over fsdp."""
-    layouts = jax.tree.leaves(getattr(specs(model, mesh), part), is_leaf=lambda leaf: isinstance(leaf, P))
-    pairs = zip(jax.tree.leaves(getattr(model, part)), layouts, strict=True)
-    return sum(leaf.size / (mesh.shape["tp"] if "tp" in spec else 1) for leaf, spec in pairs if "fsdp" in spec)
+def _layouts_of(tree: PyTree) -> list[P]:
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
 # --- FLOPs, from the jaxpr ----------------------------------------------------------------------------------------
@@ -389,7 +392,7 @@ def traffic(program: Program, trips: bool = True, fast: bool = False) -> Traffic
         return Counter({"memory": memory}) + _sent(program, computation, instruction)
 
     total = of(program.entry)
-    return Traffic(total.pop("memory", 0.0), {kind: total[kind] for kind in COLLECTIVES})
+    return Traffic(float(total["memory"]), {kind: float(total[kind]) for kind in COLLECTIVES})
 
 
 def _rounds(program: Program, loop: Instruction, condition: str) -> int:

@@ -161,7 +161,7 @@ def show_estimate(estimate: Estimate) -> None:
     console.print(table)
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: int | float) -> str:
     """Bytes in a unit that leaves one to three digits before the point."""
     for unit in ("B", "kiB", "MiB"):
         if size < 1000:
