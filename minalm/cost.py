@@ -275,7 +275,7 @@ class Instruction:
         return [name for value in found for name in NAME.findall(value)]
 
 
-Computation = dict[str, Instruction]  # by name, in the order of the text; the last but for ROOT lines is the result
+Computation = dict[str, Instruction]  # by name, in the order of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,11 +449,10 @@ def _used_inside(program: Program, computation: Computation, name: str) -> float
     total = 0.0
     for line in computation.values():
         for position, operand in enumerate(line.operands):
-            if operand == name:
-                is_view = line.operation in ("bitcast", "get-tuple-element")
-                total += (_used_inside if is_view else _used)(
-                    program, computation, *((line.name,) if is_view else (line, position))
-                )
+            if operand == name and line.operation in ("bitcast", "get-tuple-element"):  # the value by another name
+                total += _used_inside(program, computation, line.name)
+            elif operand == name:
+                total += _used(program, computation, line, position)
     return min(total, computation[name].size)
 
 
