@@ -158,6 +158,8 @@ def show_estimate(estimate: Estimate) -> None:
             (f"{estimate.steps:,} steps", f"{hours:.1f} h", "at that bound, or more"),
         )
         table.caption = "A bound is what a step cannot be faster than. Nothing ran, nothing was timed."
+    else:
+        table.caption = "CPU devices send bfloat16 as float32, and have no bounds here. Nothing ran."
     console.print(table)
 
 
