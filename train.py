@@ -4,6 +4,7 @@
     python train.py quickstart --losses.latents 1    # every setting is a flag; `python train.py quickstart --help`
     python train.py smollm2-135m-byte --teacher SmolLM2-135M-Instruct --data chats.jsonl
     python train.py gemma2-2b-it-byte --data tulu3.jsonl --out runs/gemma --resume
+    python train.py gemma2-2b-it-byte --mesh.fsdp 16 --mesh.tp 1 --compile-only v4:2x2x4   # what will it take?
 
 Read it from top to bottom: the settings, the step, the run. The arithmetic is in minalm/ (see ARCHITECTURE.md).
 """
@@ -11,8 +12,10 @@ Read it from top to bottom: the settings, the step, the run. The arithmetic is i
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -30,14 +33,14 @@ import tyro
 import yaml
 from jax.sharding import Mesh
 
-from minalm import checkpoint, data, head, hf, losses, report
+from minalm import checkpoint, cost, data, families, head, hf, losses, report
 from minalm.evaluate import measure
 from minalm.generate import generate
 from minalm.gradmag import accumulated_grad, balanced_grad
 from minalm.losses import LossConfig
-from minalm.model import ModelConfig, Remat, Transformer, initialize, pick
+from minalm.model import Llama3Scaling, ModelConfig, Remat, Rope, Transformer, initialize, pick
 from minalm.ngrams import LongestSuffix, longest_suffix
-from minalm.sharding import ROWS, P, make_mesh, on_mesh, place, place_rows, shardings, specs
+from minalm.sharding import ROWS, P, make_mesh, on_mesh, place, place_rows, place_shapes, shardings, specs
 from minalm.stdlib_text import stdlib_documents
 from minalm.student import (
     Usage,
@@ -51,7 +54,7 @@ from minalm.student import (
 )
 from minalm.text import Control, Corpus, InputError, Piece, Segment, read_corpus, text_corpus
 from minalm.transfer import plan_transfer
-from minalm.types import Batch, Tokens, TokenStats
+from minalm.types import AlignedChunks, Batch, Tokens, TokenStats
 from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
 
 HERE = Path(__file__).parent
@@ -191,6 +194,9 @@ class Config:
     """Go on from the newest checkpoint in --out."""
     overwrite: bool = False
     """Remove the run that is in --out."""
+    compile_only: str | None = None
+    """Compile the step for chips that need not be there, for example v4:2x2x4, v5e:4x4 or cpu:8, show what it takes of
+    them, and end. Needs neither data nor weights."""
 
     def check(self) -> None:
         """Raises InputError for settings that do not go together. (In __post_init__, tyro would wrap the sentence.)"""
@@ -209,7 +215,7 @@ class Config:
             raise InputError(f"--clip-norm is {self.clip_norm}: it must be above 0, or None for no clipping")
         if self.train_expansion and not self.expansion:
             raise InputError("--train-expansion trains a table that --no-expansion leaves out: choose one")
-        if not self.data and not self.stdlib:
+        if not self.data and not self.stdlib and self.compile_only is None:
             raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a run and --overwrite removes it: choose one")
@@ -274,6 +280,51 @@ HEADLINE = dict(  # what both published byte models were trained with, written o
     mesh=MeshConfig(fsdp=4, tp=4),
     remat="dots",
 )
+SHAPES = {  # of models on the hub, as their config.json has them, so that --compile-only fetches nothing
+    "google/gemma-2-2b-it": ModelConfig(
+        vocab_size=256_000,
+        embed=2304,
+        mlp=9216,
+        layers=26,
+        heads=8,
+        kv_heads=4,
+        head_dim=256,
+        windows=(4096, None) * 13,
+        query_scale=256**-0.5,
+        attention_softcap=50.0,
+        final_softcap=30.0,
+        norm_eps=1e-6,
+        norm_plus_one=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        embedding_scale=math.sqrt(2304),
+        model_type="gemma2",
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": ModelConfig(
+        vocab_size=128_256,
+        embed=3072,
+        mlp=8192,
+        layers=28,
+        heads=24,
+        kv_heads=8,
+        head_dim=128,
+        windows=(None,) * 28,
+        rope=Rope(500_000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
+        model_type="llama",
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
+        vocab_size=49_152,
+        embed=576,
+        mlp=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        windows=(None,) * 30,
+        rope=Rope(100_000.0),
+        model_type="llama",
+    ),
+}
 FROM_THE_HUB = " Needs --data; the teacher is the hub's unless --teacher names a folder."
 PRESETS: dict[str, tuple[str, Config]] = {
     "quickstart": (
@@ -481,8 +532,8 @@ def learning_rate(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def initial_state(optimizer: optax.GradientTransformation, student: Transformer, mesh: Mesh) -> State:
-    """The state before the first step; the optimiser's moments lie on the mesh as the parameters they belong to do."""
+def optimizer_shardings(optimizer: optax.GradientTransformation, student: Transformer, mesh: Mesh) -> Any:
+    """How the optimiser's state lies on the mesh: its moments as the parameters that they belong to."""
     layout = optax.tree_map_params(
         optimizer,
         lambda _, spec: spec,
@@ -490,9 +541,14 @@ def initial_state(optimizer: optax.GradientTransformation, student: Transformer,
         specs(student, mesh),
         transform_non_params=lambda _: P(),
     )
+    return shardings(layout, mesh)
+
+
+def initial_state(optimizer: optax.GradientTransformation, student: Transformer, mesh: Mesh) -> State:
+    """The state before the first step."""
     return State(
         student=student,
-        optimizer=jax.jit(optimizer.init, out_shardings=shardings(layout, mesh))(student),
+        optimizer=jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, student, mesh))(student),
         step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
     )
 
@@ -530,12 +586,13 @@ class Models:
         teacher = self.teacher_vocabulary, self.teacher_ngrams, config.teacher_length
         return data.make_batch(pieces, data.Side(*student), None if self.teacher is None else data.Side(*teacher))
 
-    def is_trained(self, config: Config) -> Transformer:
-        """The student with True in the place of each parameter that is trained, False of each that stays."""
-        trained = jax.tree.map(lambda _: True, self.student)
-        if self.student.expansion is not None and not config.train_expansion:
-            trained = eqx.tree_at(lambda model: model.expansion, trained, False)
-        return trained
+
+def is_trained(config: Config, student: Transformer) -> Transformer:
+    """The student with True in the place of each parameter that is trained, False of each that stays."""
+    trained = jax.tree.map(lambda _: True, student)
+    if student.expansion is not None and not config.train_expansion:
+        trained = eqx.tree_at(lambda model: model.expansion, trained, False)
+    return trained
 
 
 def load_models(config: Config) -> Models:
@@ -606,12 +663,14 @@ def check_hidden_states(config: Config, student: ModelConfig, teacher: ModelConf
             )
 
 
-def make_run_mesh(config: Config) -> Mesh:
-    """The mesh of a run. Raises InputError if there are too few devices, or if it does not divide the batch."""
+def make_run_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run, on these devices or this process's. Raises InputError if there are too few devices, or if it
+    does not divide the batch."""
+    devices = jax.devices() if devices is None else devices
     fsdp, tp = config.mesh.fsdp, config.mesh.tp
     if fsdp is None:
-        fsdp = math.gcd(config.batch_size // config.accumulation, max(1, jax.device_count() // max(1, tp)))
-    mesh = make_mesh(fsdp, tp)
+        fsdp = math.gcd(config.batch_size // config.accumulation, max(1, len(devices) // max(1, tp)))
+    mesh = make_mesh(fsdp, tp, devices)
     if config.batch_size % fsdp:
         raise InputError(f"--batch-size {config.batch_size} rows do not divide over --mesh.fsdp {fsdp}: change one")
     if config.batch_size // fsdp % config.accumulation:
@@ -764,6 +823,8 @@ class JsonLines:
 def main(config: Config) -> None:
     # 1. Everything that can be wrong is found here, before anything is written.
     config.check()
+    if config.compile_only is not None:
+        return compile_only(config)
     check_folder(config)
     mesh = make_run_mesh(config)
     models = load_models(config)
@@ -773,7 +834,7 @@ def main(config: Config) -> None:
 
     # 2. Parameters on the mesh: trained ones in float32, frozen ones in the dtype they are used in.
     dtype = jnp.dtype(config.compute_dtype)
-    student, frozen = eqx.partition(models.student, models.is_trained(config))
+    student, frozen = eqx.partition(models.student, is_trained(config, models.student))
     report.show_settings(config, {"student, trained": student, "student, frozen": frozen, "teacher": models.teacher})
     student = place(student, mesh, jnp.float32)
     fixed = Fixed(
@@ -926,6 +987,151 @@ def continue_texts(
         seed=config.seed,
     )
     return texts, [vocabulary.decode(ids) for ids in continued]
+
+
+# --- compilation without devices ----------------------------------------------------------------------------------
+
+
+def compile_only(config: Config) -> None:
+    """Compiles the step as `main` does, from shapes alone, and shows what it takes. Raises InputError if it does not fit."""
+    topology = cost.parse_topology(config.compile_only)
+    mesh = make_run_mesh(config, topology_devices(topology))
+    student, teacher = model_shapes(config)
+    trained, frozen = eqx.partition(student, is_trained(config, student))
+    dtype = jnp.dtype(config.compute_dtype)
+    entries = [
+        model and head.Entries(np.zeros(model.config.vocab_size, bool), np.zeros(model.config.vocab_size, bool))
+        for model in (student, teacher)
+    ]
+    trained = place_shapes(trained, mesh, jnp.float32)
+    fixed = Fixed(*(place_shapes(tree, mesh, dtype) for tree in (frozen, teacher)), *place_shapes(entries, mesh))
+    optimizer = make_optimizer(config)
+    moments = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(optimizer.init, trained),
+        optimizer_shardings(optimizer, trained, mesh),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=shardings(P(), mesh))
+    state, batch = State(trained, moments, step), batch_shapes(config, student, teacher, mesh)
+
+    began = time.monotonic()
+    step_function = jax.jit(functools.partial(train_step, config, optimizer, mesh), donate_argnums=0)
+    traced = step_function.trace(state, fixed, batch)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise cost.does_not_fit(topology, tuple(mesh.devices.shape), cost.compiler_need(str(error))) from error
+    estimate = cost.Estimate(
+        topology=topology,
+        mesh=tuple(mesh.devices.shape),
+        compile_seconds=time.monotonic() - began,
+        memory=cost.memory(
+            {"trained parameters": trained, "optimiser": moments, "teacher and other fixed": fixed, "batch": batch},
+            compiled.memory_analysis(),
+        ),
+        flops=cost.product_flops(traced.jaxpr.jaxpr, "tpu" if topology.chip else "cpu"),
+        model_flops=cost.model_flops(
+            student.config,
+            teacher.config if config.losses.needs_teacher else None,
+            config.batch_size,
+            config.student_length,
+            config.teacher_length,
+        ),
+        traffic=cost.traffic(cost.parse_program(compiled.as_text())),
+        least_sent=cost.least_sent(
+            student,
+            trained,
+            teacher if config.losses.needs_teacher else None,
+            mesh,
+            config.batch_size,
+            config.student_length,
+            config.teacher_length,
+            tail_gradients=1 if config.losses.balance == "fixed" else len(config.losses.names),
+            width=dtype.itemsize,
+        ),
+        steps=config.steps,
+    )
+    report.show_estimate(estimate)
+    estimate.check()
+
+
+def topology_devices(topology: cost.Topology) -> list[jax.Device]:
+    """The devices of a topology, real enough to compile for. Raises InputError without the compiler, or if it knows no
+    such chips. Must come before all else that asks jax for devices."""
+    jax.config.update("jax_platforms", "cpu")  # compiles for TPUs too, and takes none
+    if topology.chip is None:
+        jax.config.update("jax_num_cpu_devices", topology.shape[0])
+        return jax.devices()
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"--compile-only {topology.name} needs the compiler for TPUs: install it with pip install 'minalm[tpu]'"
+        )
+    from jax.experimental import topologies
+
+    os.environ |= {  # ask nobody which chips this machine has, nor warn of it; other processes may use libtpu too
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    options = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
+    try:
+        return topologies.get_topology_desc(topology.name, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"--compile-only {topology.name}: TPU's compiler refuses it ({error}): give one like {cost.EXAMPLES}"
+        ) from error
+
+
+def model_shapes(config: Config) -> tuple[Transformer, Transformer | None]:
+    """Student and teacher as shapes: of a model on the hub by SHAPES, else as a run would load them. Raises InputError."""
+    name = str(config.teacher)
+    if config.teacher is None or config.teacher.exists():
+        models = load_models(config)
+        return models.student, models.teacher
+    if name not in SHAPES or config.student is not None or config.student_tokenizer != "bytes":
+        raise InputError(
+            f"--compile-only fetches nothing, and without {name} the shapes of this run are not known: "
+            "name the folder of the teacher"
+        )
+    teacher = SHAPES[name]
+    student = dataclasses.replace(
+        teacher,
+        vocab_size=256 + ROW_MULTIPLE,  # bytes, and up to that many control tokens
+        tied=False,
+        expansion_size=teacher.vocab_size if config.expansion else None,
+    )
+    return families.abstract(student), families.abstract(teacher)
+
+
+def batch_shapes(config: Config, student: Transformer, teacher: Transformer | None, mesh: Mesh) -> Batch:
+    """What `Models.batch` makes, as shapes on the mesh."""
+
+    def rows(length: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros((config.batch_size, length), dtype)
+
+    def tokens(model: Transformer, length: int) -> Tokens:
+        ngram = None if model.expansion is None else rows(length)
+        return Tokens(rows(length), rows(length), rows(length, np.float32), ngram)
+
+    ours, theirs = config.student_length, config.student_length if teacher is None else config.teacher_length
+    chunks = min(ours, theirs)
+    batch = Batch(
+        student=tokens(student, ours),
+        teacher=None if teacher is None else tokens(teacher, theirs),
+        chunks=AlignedChunks(
+            student_chunk=rows(ours),
+            teacher_chunk=rows(theirs),
+            student_close=rows(chunks),
+            teacher_close=rows(chunks),
+            before_space=rows(chunks, bool),
+            text_bytes=rows(chunks),
+        ),
+    )
+    layout = shardings(ROWS, mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), batch)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from minalm.cost import Estimate
 from minalm.types import Batch
 from minalm.vocab import Vocabulary
 
@@ -108,3 +109,64 @@ def show_samples(prompts: Sequence[str], continuations: Sequence[str]) -> None:
     for prompt, continuation in zip(prompts, continuations, strict=True):
         console.print(Text(_printable(prompt), "dim") + Text(_printable(continuation), "bold"))
         console.rule(style="dim")
+
+
+def show_estimate(estimate: Estimate) -> None:
+    """What a step takes of the chips that it was compiled for."""
+    topology, chip = estimate.topology, estimate.topology.chip
+    table = Table(title="one step, compiled and not run")
+    table.add_column("")
+    table.add_column("each chip" if chip else "each device", justify="right")
+    table.add_column("")
+
+    def rows(*lines: tuple[str, str, str]) -> None:
+        for line in lines:
+            table.add_row(*line)
+        table.add_section()
+
+    fsdp, tp = estimate.mesh
+    kind = chip.name if chip else "CPU device"
+    rows(
+        ("mesh, fsdp x tp", f"{fsdp} x {tp}", f"{estimate.devices} x {kind} of {topology.name}"),
+        ("compiled in", f"{estimate.compile_seconds:.0f} s", ""),
+    )
+    total = sum(estimate.memory.values())
+    rows(
+        *((name, _bytes(size), "") for name, size in estimate.memory.items()),
+        ("memory in all", _bytes(total), f"{total / chip.memory:.0%} of {chip.memory / 2**30:.0f} GiB" if chip else ""),
+    )
+    whole, own = estimate.flops * estimate.devices, estimate.model_flops
+    rows(
+        ("FLOPs", f"{estimate.flops:.3g}", f"{whole:.3g} in all: {whole / own:.2f} x the model's own {own:.3g}"),
+        ("memory traffic", _bytes(estimate.traffic.memory), "by XLA's model, without on-chip memory" if chip else ""),
+    )
+    sent, least = estimate.traffic.sent, estimate.least_sent
+    shown = [name for name in sent if sent[name] or least[name]]
+    rows(
+        *((f"sent by {name}", _bytes(sent[name]), f"fsdp x tp needs {_bytes(least[name])}") for name in shown),
+        ("sent in all", _bytes(sum(sent.values())), f"fsdp x tp needs {_bytes(sum(least.values()))}"),
+    )
+    if chip:
+        bounds = estimate.bounds()
+        binds = max(bounds, key=bounds.get)
+        hours = estimate.steps * bounds[binds] / 3600
+        rows(
+            *(
+                (f"bound by {name}", f"{bound:.3f} s", "binds" if name == binds else "")
+                for name, bound in bounds.items()
+            ),
+            (f"{estimate.steps:,} steps", f"{hours:.1f} h", "at that bound, or more"),
+        )
+        table.caption = "A bound is what a step cannot be faster than. Nothing ran, nothing was timed."
+    else:
+        table.caption = "CPU devices send bfloat16 as float32, and have no bounds here. Nothing ran."
+    console.print(table)
+
+
+def _bytes(size: int | float) -> str:
+    """Bytes in a unit that leaves one to three digits before the point."""
+    for unit in ("B", "kiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

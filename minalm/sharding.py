@@ -11,7 +11,7 @@ CPU with two transposed copies of every gathered array.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -29,17 +29,18 @@ REPLICATED = P()
 TP_OR_WHOLE = "tp or whole"  # of key and value heads: divided over tp; or, where tp is a multiple of them, not at all
 
 
-def make_mesh(fsdp: int, tp: int) -> Mesh:
-    """A mesh over the first `fsdp * tp` devices. Raises InputError when there are fewer."""
+def make_mesh(fsdp: int, tp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the first `fsdp * tp` of the devices (None: of this process's). Raises InputError if there are fewer."""
+    devices = jax.devices() if devices is None else devices
     if min(fsdp, tp) < 1:
         raise InputError(f"the mesh {fsdp}x{tp} has no devices: give --mesh.fsdp and --mesh.tp at least 1")
-    if fsdp * tp > jax.device_count():
+    if fsdp * tp > len(devices):
         raise InputError(
-            f"the mesh {fsdp}x{tp} needs {fsdp * tp} devices but there are {jax.device_count()}: "
+            f"the mesh {fsdp}x{tp} needs {fsdp * tp} devices but there are {len(devices)}: "
             "make --mesh.fsdp times --mesh.tp at most that"
         )
-    devices = jax.devices()[: fsdp * tp]
-    return jax.make_mesh((fsdp, tp), ("fsdp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((fsdp, tp), ("fsdp", "tp"), axis_types=axis_types, devices=devices[: fsdp * tp])
 
 
 def param(*layout: str | None):
@@ -127,6 +128,15 @@ def place(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
             part = np.asarray(leaf[tuple(slice(*span) for span in spans)]).astype(own, copy=False)
             parts += jax.block_until_ready([jax.device_put(part, device) for device in devices])
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+    return jax.tree.map(placed, tree, shardings(specs(tree, mesh), mesh))
+
+
+def place_shapes(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
+    """What `place` would give, as shapes: to compile for devices that are not there."""
+
+    def placed(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=sharding)
 
     return jax.tree.map(placed, tree, shardings(specs(tree, mesh), mesh))
 

@@ -37,7 +37,8 @@ IMPORTS = {
     "student": {"chat", "families", "hf", "model", "ngrams", "text", "transfer", "vocab"},
     "modeling_minalm": set(),  # no part of the package: copied into folders, where transformers runs it
     "checkpoint": {"text"},
-    "report": {"types", "vocab"},
+    "cost": {"model", "sharding", "text"},
+    "report": {"cost", "types", "vocab"},
 }
 HOST = ("text", "stdlib_text", "chat", "vocab", "align", "ngrams", "transfer")  # numpy only
 

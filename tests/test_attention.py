@@ -91,7 +91,7 @@ def test_every_form_on_a_mesh_is_the_plain_one(form, segmented):
         )
         return with_gradients(attend, q, k, v, out_grad)
 
-    mapped = jax.shard_map(
+    mapped = on_mesh(
         on_device, mesh=make_mesh(2, 2), in_specs=(heads, heads, heads, heads, P(), rows), out_specs=heads
     )
     with jax.default_matmul_precision("highest"):
@@ -111,7 +111,7 @@ def test_heads_over_tp_may_share_keys(form):
         )
         return with_gradients(attend, q, k, v, out_grad)
 
-    mapped = jax.shard_map(
+    mapped = on_mesh(
         on_device,
         mesh=make_mesh(2, 2),
         in_specs=(heads, rows, rows, heads, rows),
@@ -263,7 +263,7 @@ def forward_kernels(remat: str) -> int:
         return jax.grad(lambda m: m.trunk(ids, None, None, jnp.dtype("float32"), remat)[0].sum(), allow_int=True)(model)
 
     layout = specs(model, make_mesh(1, 1))
-    mapped = jax.shard_map(gradient, mesh=make_mesh(1, 1), in_specs=(layout,), out_specs=layout)
+    mapped = on_mesh(gradient, mesh=make_mesh(1, 1), in_specs=(layout,), out_specs=layout)
     kernels = [e.params["name"] for e in equations(jax.make_jaxpr(mapped)(model).jaxpr) if "name" in e.params]
     assert sum("dkv" in name for name in kernels if isinstance(name, str)) == 1
     return sum("fwd" in name for name in kernels if isinstance(name, str))
@@ -348,7 +348,7 @@ def test_the_kernel_compiles_for_a_tpu(monkeypatch, time, heads, kv_heads, head_
     layout, rows = P("fsdp", None, "tp"), 16 // tp
     q, k = (array(layout, jnp.bfloat16, rows, time, count, head_dim) for count in (heads, kv_heads))
     segments = array(P("fsdp"), jnp.int32, rows, time) if segmented else None
-    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=(layout,) * 4 + (P(), P("fsdp")), out_specs=layout)
+    mapped = on_mesh(on_device, mesh=mesh, in_specs=(layout,) * 4 + (P(), P("fsdp")), out_specs=layout)
     program = jax.jit(mapped).lower(q, k, k, q, array(P(), jnp.int32), segments)
     kernels = len({time if size is None else min(size, time) for size in windows})
     assert kernel_calls(program) == {"fwd": kernels, "dkv": kernels}
@@ -378,5 +378,5 @@ def test_a_model_compiles_for_a_tpu(monkeypatch, remat, forward):
 
         return jax.grad(loss)(model)
 
-    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(layout, P("fsdp")), out_specs=layout)
+    mapped = on_mesh(gradient, mesh=mesh, in_specs=(layout, P("fsdp")), out_specs=layout)
     assert kernel_calls(jax.jit(mapped).lower(*arguments)) == {"fwd": forward, "dkv": 3}

@@ -398,6 +398,7 @@ def test_settings_of_every_kind_are_read_again(tmp_path, scaling):
         mesh=train.MeshConfig(fsdp=2, tp=4),
         remat="full",
         seed=2**62,
+        compile_only="v4:2x2x4",
     )
     differs = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None}
     assert differs == set()
