@@ -7,6 +7,7 @@ gradient, and the gradient of a replicated parameter is summed, so gradients are
 """
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from minalm.text import InputError
 
@@ -24,7 +25,7 @@ REPLICATED = P()
 
 
 def make_mesh(fsdp: int, tp: int) -> Mesh:
-    """A mesh over the first `fsdp * tp` devices. Raises InputError when there are fewer."""
+    """A mesh over the first `fsdp * tp` devices. Raises InputError when there are fewer, or a process has none of them."""
     if min(fsdp, tp) < 1:
         raise InputError(f"the mesh {fsdp}x{tp} has no devices: give --mesh.fsdp and --mesh.tp at least 1")
     if fsdp * tp > jax.device_count():
@@ -33,6 +34,11 @@ def make_mesh(fsdp: int, tp: int) -> Mesh:
             "make --mesh.fsdp times --mesh.tp at most that"
         )
     devices = jax.devices()[: fsdp * tp]
+    if idle := set(range(jax.process_count())) - {device.process_index for device in devices}:
+        raise InputError(
+            f"the mesh {fsdp}x{tp} has no device of process {min(idle)}: make --mesh.fsdp times --mesh.tp "
+            f"{jax.device_count()}, and --batch-size a multiple of --mesh.fsdp"
+        )
     return jax.make_mesh((fsdp, tp), ("fsdp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
@@ -86,7 +92,7 @@ def place(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
 
     def placed(leaf, sharding):
         own = leaf.dtype if dtype is None else dtype
-        if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.Array) and sharding.is_fully_addressable:
             return jax.device_put(leaf.astype(own), sharding)
         owners = {}  # the devices that hold the same slice
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -101,9 +107,40 @@ def place(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
     return jax.tree.map(placed, tree, shardings(specs(tree, mesh), mesh))
 
 
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a batch's `rows` lie on this process's devices: all where there is one process.
+
+    Processes whose devices differ in `tp` alone hold the same rows.
+    """
+    cuts = NamedSharding(mesh, ROWS).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (cut,) in cuts for row in range(rows)[cut]})
+
+
 def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:
-    """A batch laid out on the mesh: rows divided over `fsdp`."""
-    return jax.device_put(batch, NamedSharding(mesh, ROWS))
+    """A batch laid out on the mesh: rows divided over `fsdp`. Each process gives its `local_rows`; none travel."""
+    sharding, count = NamedSharding(mesh, ROWS), mesh.shape["fsdp"]
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    held = local_rows(mesh, count)  # of the rows in `count` equal parts, the parts that are here
+
+    def placed(leaf):
+        parts = dict(zip(held, np.split(leaf, len(held)), strict=True))
+        size = len(leaf) // len(held)
+        shape = (size * count, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: parts[(index[0].start or 0) // size])
+
+    return jax.tree.map(placed, batch)
+
+
+def count_rows(marked: Bool[np.ndarray, " local"], mesh: Mesh) -> Int[Array, ""]:
+    """How many rows of a batch are marked, of all processes' `local_rows`, each counted once. Does not wait for it."""
+    return _count(place_rows(marked, mesh), mesh)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _count(marked: Bool[Array, " batch"], mesh: Mesh) -> Int[Array, ""]:
+    count = jnp.sum(marked, dtype=jnp.int32)
+    return jax.lax.with_sharding_constraint(count, NamedSharding(mesh, REPLICATED))
 
 
 # --- inside shard_map ---------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ IMPORTS = {
     "student": {"chat", "families", "hf", "model", "ngrams", "text", "transfer", "vocab"},
     "modeling_minalm": set(),  # no part of the package: copied into folders, where transformers runs it
     "checkpoint": {"text"},
+    "processes": {"text"},
     "report": {"types", "vocab"},
 }
 HOST = ("text", "stdlib_text", "chat", "vocab", "align", "ngrams", "transfer")  # numpy only
