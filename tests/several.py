@@ -1,13 +1,12 @@
-"""What each of several processes runs for test_multihost.py. Without the environment that says so it is one process.
+"""What each of several processes runs for test_multihost.py; see `runs` and `gradients`.
 
-    python several.py runs JOBS      # JOBS: a JSON file, for each process a list of command lines of train.py
-    python several.py gradients OUT  # a folder for the gradients on each mesh
+python several.py runs JOBS      # a JSON file: for each process a list of command lines of train.py
+python several.py gradients OUT  # a folder
 """
 
 import functools
 import json
 import sys
-import traceback
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -22,36 +21,43 @@ import numpy as np
 from minalm import data, families, processes, sharding
 from minalm.sharding import P
 
-MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
+MESHES = ((8, 1), (4, 2), (2, 4))
 
 
 def runs(jobs: Path) -> None:
-    """Runs of train.py one after the other; the last ends the program as it ends itself. Prints, one line of JSON each,
-    how a run ended, and the pieces that each call of make_batch got."""
+    """Runs of train.py one after the other; the last ends the program. An empty command line is an error of all.
+
+    Prints in lines of JSON how each run ended, and the texts of the pieces that each call of make_batch got.
+    """
     import test_train
 
     train.PRESETS["tiny"] = ("", test_train.TINY)
-    make_batch = data.make_batch
+    make_batch, generate = data.make_batch, train.generate
 
     def recorded(pieces, student, teacher):
         texts = ["".join(part.content for part in piece if isinstance(part.content, str)) for piece in pieces]
-        print(json.dumps({"pieces": texts}), flush=True)
+        print(json.dumps({"texts": texts}), flush=True)
         return make_batch(pieces, student, teacher)
 
     data.make_batch = recorded
+    train.generate = lambda *arguments, new_tokens, **others: generate(*arguments, new_tokens=6, **others)
     processes.join()
     *others, last = json.loads(jobs.read_text())[jax.process_index()]
     for words in others:
         try:
-            train.cli(words)
-            print(json.dumps({"ended": None}), flush=True)
+            if words:
+                train.cli(words)
+            else:
+                with train.one_sentence():
+                    raise train.InputError("all find the same")
+            print(json.dumps({"ended": 0}), flush=True)
         except SystemExit as end:
             print(json.dumps({"ended": end.code}), flush=True)
     train.cli(last)
 
 
 def gradients(out: Path) -> None:
-    """What test_step.gradients gives, from processes that each hold their own rows; and the count of marked rows."""
+    """As test_step.gradients on each mesh, from processes that each hold their own rows; the first writes to `out`."""
     import test_step
 
     processes.join()
@@ -59,12 +65,6 @@ def gradients(out: Path) -> None:
     for fsdp, tp in MESHES:
         mesh = sharding.make_mesh(fsdp, tp)
         rows = sharding.local_rows(mesh, test_step.ROWS_OF_BATCH)
-        marked = np.arange(test_step.ROWS_OF_BATCH) % 5 == 1
-        count = int(sharding.count_rows(marked[rows], mesh))
-        print(json.dumps({"mesh": [fsdp, tp], "rows": rows, "count": count}), flush=True)
-        if tp > 4:  # than the model divides over
-            continue
-        placed = [sharding.place(part, mesh) for part in (trained, fixed)]
         batch = sharding.place_rows(jax.tree.map(lambda leaf: leaf[rows], test_step.BATCH), mesh)
         layout = sharding.specs(trained, mesh)
         mapped = jax.shard_map(
@@ -75,14 +75,20 @@ def gradients(out: Path) -> None:
         )
         whole = jax.jit(mapped, compiler_options=test_step.QUICK, out_shardings=sharding.shardings(P(), mesh))
         with jax.default_matmul_precision("highest"):
-            grad, metrics = jax.device_get(whole(*placed, batch))
+            found = jax.device_get(whole(sharding.place(trained, mesh), sharding.place(fixed, mesh), batch))
         if processes.is_first():
-            np.savez(out / f"{fsdp}x{tp}.npz", **families.leaves(grad), **metrics)
+            np.savez(out / f"{fsdp}x{tp}.npz", **families.leaves(found[0]), **found[1])
+
+    # Rows on several processes, and processes with several parts of the rows.
+    marked = np.arange(test_step.ROWS_OF_BATCH) % 5 == 1
+    for fsdp, tp in ((8, 1), (2, 4), (1, 8)):
+        mesh = sharding.make_mesh(fsdp, tp)
+        rows = sharding.local_rows(mesh, test_step.ROWS_OF_BATCH)
+        placed = sharding.place_rows(np.arange(test_step.ROWS_OF_BATCH)[rows], mesh)
+        shards = [[shard.index[0].start or 0, *shard.data.tolist()] for shard in placed.addressable_shards]
+        count = int(sharding.count_rows(marked[rows], mesh))
+        print(json.dumps({"fsdp": fsdp, "rows": rows, "shards": shards, "count": count}), flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        {"runs": runs, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
-    except Exception:
-        traceback.print_exc()
-        raise
+    {"runs": runs, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
