@@ -953,7 +953,8 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (InputError, OSError) as error:
-        sys.exit(sentence(error) if is_first() or not all_come_here(seconds=10) else 1)
+        alone = not all_come_here(seconds=10)
+        sys.exit(sentence(error) if alone or is_first() else 1)
 
 
 @contextlib.contextmanager

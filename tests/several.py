@@ -57,11 +57,17 @@ def runs(jobs: Path) -> None:
 
 
 def gradients(out: Path) -> None:
-    """As test_step.gradients on each mesh, from processes that each hold their own rows; the first writes to `out`."""
+    """As test_step.gradients on each mesh, from processes that each hold their own rows; the first writes to `out`.
+
+    The parameters of test_step.models() take long to compute, so they are in `out`.
+    """
     import test_step
 
     processes.join()
-    trained, fixed = test_step.models()
+    with np.load(out / "models.npz") as file:
+        test_step.parameters = lambda config, seed: families.abstract(config)
+        structure = jax.tree.structure(test_step.models())
+        trained, fixed = jax.tree.unflatten(structure, [file[f"arr_{i}"] for i in range(len(file))])
     for fsdp, tp in MESHES:
         mesh = sharding.make_mesh(fsdp, tp)
         rows = sharding.local_rows(mesh, test_step.ROWS_OF_BATCH)

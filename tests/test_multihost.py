@@ -17,7 +17,7 @@ import test_train
 from test_train import arguments, lines, rows, weights
 
 import train
-from minalm import families, hf
+from minalm import hf
 from minalm.text import read_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -66,18 +66,24 @@ def objects(stdout: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory):
+def models():
+    return test_step.models()
+
+
+@pytest.fixture(scope="module")
+def gradients(models, tmp_path_factory):
     """What two processes found: a folder of one file for each mesh, and what each printed."""
     out = tmp_path_factory.mktemp("gradients")
+    np.savez(out / "models.npz", *jax.tree.leaves(models))
     found = start(ROOT / "tests" / "several.py", "gradients", out)
     assert [code for code, *_ in found] == [0, 0], found
     return out, [objects(stdout) for _, stdout, _ in found]
 
 
-def test_losses_and_gradients_are_those_of_one_device(gradients):
-    grad, metrics = test_step.gradients(test_step.settings(), 1, 1, *test_step.models())
+def test_losses_and_gradients_are_those_of_one_device(models, gradients):
+    grad, metrics = test_step.gradients(test_step.settings(), 1, 1, *models)
     expected = grad | metrics
-    assert len(expected) == len(families.leaves(test_step.models()[0])) + len(metrics)
+    assert len(expected) == len(jax.tree.leaves(models[0])) + len(metrics)
     for fsdp, tp in several.MESHES:
         with np.load(gradients[0] / f"{fsdp}x{tp}.npz") as found:
             test_step.assert_near(dict(found), expected, 1e-5)
@@ -132,7 +138,7 @@ def without_the_last_checkpoint(run: Path, out: Path) -> None:
 def together(files, alone, tmp_path_factory):
     """What two processes do one after the other: the folder, and how each ended and what it printed."""
     root = tmp_path_factory.mktemp("together")
-    without_the_last_checkpoint(alone, root / "resumed")
+    shutil.copytree(alone, root / "resumed", ignore=shutil.ignore_patterns("hf", "summary.json"))
     settings = RUN | {"held_out": files.held_out}
     jobs = [
         [
@@ -182,7 +188,9 @@ def test_a_run_on_two_processes_is_that_on_one(together, alone, files):
 
 def test_a_run_goes_on_on_another_number_of_processes(together, alone, files, tmp_path):
     root, _ = together
-    assert_same_run(root / "resumed", alone)  # from one to two
+    assert_same_run(root / "resumed", alone)  # from one to two: the last checkpoint, written again as hf/
+    for name, value in weights(alone).items():
+        np.testing.assert_array_equal(weights(root / "resumed")[name], value, err_msg=name)
     without_the_last_checkpoint(root / "run", tmp_path / "run")  # and from two to one
     test_train.run(files, tmp_path / "run", **RUN, held_out=files.held_out, resume=True)
     assert_same_run(tmp_path / "run", alone)
