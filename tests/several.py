@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from minalm import data, families, processes, sharding
+from minalm.model import ModelConfig
 from minalm.sharding import P
 
 MESHES = ((8, 1), (4, 2), (2, 4))
@@ -56,18 +57,19 @@ def runs(jobs: Path) -> None:
     train.cli(last)
 
 
-def gradients(out: Path) -> None:
-    """As test_step.gradients on each mesh, from processes that each hold their own rows; the first writes to `out`.
+def parameters(config: ModelConfig, seed: int):
+    """As test_step.parameters, but drawn by numpy: in a tenth of the time, and on the host."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: random.normal(0.0, 0.3, leaf.shape).astype(np.float32), families.abstract(config))
 
-    The parameters of test_step.models() take long to compute, so they are in `out`.
-    """
+
+def gradients(out: Path) -> None:
+    """As test_step.gradients on each mesh, from processes that each hold their own rows; the first writes to `out`."""
     import test_step
 
+    test_step.parameters = parameters
     processes.join()
-    with np.load(out / "models.npz") as file:
-        test_step.parameters = lambda config, seed: families.abstract(config)
-        structure = jax.tree.structure(test_step.models())
-        trained, fixed = jax.tree.unflatten(structure, [file[f"arr_{i}"] for i in range(len(file))])
+    trained, fixed = test_step.models()
     for fsdp, tp in MESHES:
         mesh = sharding.make_mesh(fsdp, tp)
         rows = sharding.local_rows(mesh, test_step.ROWS_OF_BATCH)
