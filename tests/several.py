@@ -63,8 +63,18 @@ def parameters(config: ModelConfig, seed: int):
     return jax.tree.map(lambda leaf: random.normal(0.0, 0.3, leaf.shape).astype(np.float32), families.abstract(config))
 
 
+def held_here(array: jax.Array) -> np.ndarray:
+    result = np.full(array.shape, np.nan, array.dtype)
+    for shard in array.addressable_shards:
+        result[shard.index] = shard.data
+    return result
+
+
 def gradients(out: Path) -> None:
-    """As test_step.gradients on each mesh, from processes that each hold their own rows; the first writes to `out`."""
+    """As test_step.gradients on each mesh, from processes that each hold their own rows.
+
+    Each writes to `out` what it has of the gradients, NaN for what only the other has.
+    """
     import test_step
 
     test_step.parameters = parameters
@@ -81,11 +91,11 @@ def gradients(out: Path) -> None:
             in_specs=(layout, sharding.specs(fixed, mesh), sharding.ROWS),
             out_specs=(layout, P()),
         )
-        whole = jax.jit(mapped, compiler_options=test_step.QUICK, out_shardings=sharding.shardings(P(), mesh))
+        placed = sharding.place(trained, mesh), sharding.place(fixed, mesh), batch
         with jax.default_matmul_precision("highest"):
-            found = jax.device_get(whole(sharding.place(trained, mesh), sharding.place(fixed, mesh), batch))
-        if processes.is_first():
-            np.savez(out / f"{fsdp}x{tp}.npz", **families.leaves(found[0]), **found[1])
+            grad, metrics = jax.jit(mapped, compiler_options=test_step.QUICK)(*placed)
+        held = {name: held_here(leaf) for name, leaf in (families.leaves(grad) | metrics).items()}
+        np.savez(out / f"{fsdp}x{tp} {jax.process_index()}.npz", **held)
 
     # Rows on several processes, and processes with several parts of the rows.
     marked = np.arange(test_step.ROWS_OF_BATCH) % 5 == 1

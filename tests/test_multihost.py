@@ -89,8 +89,11 @@ def test_losses_and_gradients_are_those_of_one_device(gradients):
     expected, out, _ = gradients
     assert "blocks.attention.q" in expected and "loss/alm" in expected
     for fsdp, tp in several.MESHES:
-        with np.load(out / f"{fsdp}x{tp}.npz") as found:
-            test_step.assert_near(dict(found), expected, 1e-5)
+        first, second = (dict(np.load(out / f"{fsdp}x{tp} {number}.npz")) for number in range(2))
+        assert any(np.isnan(value).any() for value in first.values())
+        for name, value in first.items():
+            value[...] = np.where(np.isnan(value), second[name], value)
+        test_step.assert_near(first, expected, 1e-5)
 
 
 def test_rows_of_each_process(gradients):
