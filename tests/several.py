@@ -25,10 +25,16 @@ from minalm.sharding import P
 MESHES = ((8, 1), (4, 2), (2, 4))
 
 
+def note(folder: Path, **values: object) -> None:
+    """Adds a line of JSON to this process's notes; on stdout, the lines of several threads mix."""
+    with (folder / f"notes {jax.process_index()}").open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
 def runs(jobs: Path) -> None:
     """Runs of train.py one after the other; the last ends the program. An empty command line is an error of all.
 
-    Prints in lines of JSON how each run ended, and the texts of the pieces that each call of make_batch got.
+    Notes how each run ended, and the texts of the pieces that each call of make_batch got.
     """
     import test_train
 
@@ -37,7 +43,7 @@ def runs(jobs: Path) -> None:
 
     def recorded(pieces, student, teacher):
         texts = ["".join(part.content for part in piece if isinstance(part.content, str)) for piece in pieces]
-        print(json.dumps({"texts": texts}), flush=True)
+        note(jobs.parent, texts=texts)
         return make_batch(pieces, student, teacher)
 
     data.make_batch = recorded
@@ -51,9 +57,9 @@ def runs(jobs: Path) -> None:
             else:
                 with train.one_sentence():
                     raise train.InputError("all find the same")
-            print(json.dumps({"ended": 0}), flush=True)
+            note(jobs.parent, ended=0)
         except SystemExit as end:
-            print(json.dumps({"ended": end.code}), flush=True)
+            note(jobs.parent, ended=end.code)
     train.cli(last)
 
 
@@ -105,7 +111,7 @@ def gradients(out: Path) -> None:
         placed = sharding.place_rows(np.arange(test_step.ROWS_OF_BATCH)[rows], mesh)
         shards = [[shard.index[0].start or 0, *shard.data.tolist()] for shard in placed.addressable_shards]
         count = int(sharding.count_rows(marked[rows], mesh))
-        print(json.dumps({"fsdp": fsdp, "rows": rows, "shards": shards, "count": count}), flush=True)
+        note(out, fsdp=fsdp, rows=rows, shards=shards, count=count)
 
 
 if __name__ == "__main__":
