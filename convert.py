@@ -22,9 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import tyro
 from tyro.conf import Positional, arg
 
@@ -151,7 +148,7 @@ def export(source: Source, out: Out, step: Step = None, dtype: Dtype = "bfloat16
     if is_run(source):
         config = train.read_settings(source / "config.yaml")
         models = train.load_models(config)
-        model = trained_student(config, models, source / "checkpoints", step)
+        model = train.trained_student(config, models, source / "checkpoints", step)
         student.save(out, model, models.student_vocabulary, models.student_ngrams, dtype, models.usage)
     else:
         if step is not None:
@@ -161,14 +158,6 @@ def export(source: Source, out: Out, step: Step = None, dtype: Dtype = "bfloat16
         copied = {file: (folder / file).read_bytes() for file in COPIED if (folder / file).is_file()}
         hf.save(out, model, dtype, keys=families.informative(values), files=copied)
     print(f"written to  {out}")
-
-
-def trained_student(config: train.Config, models: train.Models, checkpoints: Path, step: int | None) -> Transformer:
-    """A run's student as a checkpoint has it; what is not trained comes from where the run began."""
-    trained, frozen = eqx.partition(models.student, models.is_trained(config))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=device), trained)
-    return eqx.combine(checkpoint.restore(checkpoints, {"student": like}, step)["student"], frozen)
 
 
 def inspect(source: Source) -> None:

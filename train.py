@@ -40,7 +40,20 @@ from minalm.gradmag import accumulated_grad, balanced_grad
 from minalm.losses import LossConfig
 from minalm.model import Llama3Scaling, ModelConfig, Remat, Rope, Transformer, initialize, pick
 from minalm.ngrams import LongestSuffix, longest_suffix
-from minalm.sharding import ROWS, P, make_mesh, on_mesh, place, place_rows, place_shapes, shardings, specs
+from minalm.processes import all_come_here, is_first, join, which
+from minalm.sharding import (
+    ROWS,
+    P,
+    count_rows,
+    local_rows,
+    make_mesh,
+    on_mesh,
+    place,
+    place_rows,
+    place_shapes,
+    shardings,
+    specs,
+)
 from minalm.stdlib_text import stdlib_documents
 from minalm.student import (
     Usage,
@@ -549,7 +562,7 @@ def initial_state(optimizer: optax.GradientTransformation, student: Transformer,
     return State(
         student=student,
         optimizer=jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, student, mesh))(student),
-        step=jax.device_put(jnp.zeros((), jnp.int32), shardings(P(), mesh)),
+        step=jnp.zeros((), jnp.int32, device=shardings(P(), mesh)),
     )
 
 
@@ -581,7 +594,8 @@ class Models:
     teacher_entries: head.Entries | None
     usage: Usage
 
-    def batch(self, config: Config, pieces: list[Piece]) -> tuple[Batch, int]:
+    def batch(self, config: Config, pieces: list[Piece]) -> tuple[Batch, np.ndarray]:
+        """The rows of these pieces, and which were left out."""
         student = self.student_vocabulary, self.student_ngrams, config.student_length
         teacher = self.teacher_vocabulary, self.teacher_ngrams, config.teacher_length
         return data.make_batch(pieces, data.Side(*student), None if self.teacher is None else data.Side(*teacher))
@@ -789,6 +803,14 @@ def start_folder(config: Config) -> None:
     (config.out / "config.yaml").write_text(settings, "utf-8")
 
 
+def check_shared(config: Config) -> None:
+    """Raises InputError on a process that does not see what the first has written to --out."""
+    if not (config.out / "config.yaml").is_file():
+        raise InputError(
+            f"process {jax.process_index()} does not see {config.out}: name an --out on a file system of all hosts"
+        )
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The objects of a file that JsonLines wrote, none if there is no file. Raises InputError for another file."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
@@ -803,10 +825,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 class JsonLines:
     """A file with one JSON object a line, each with its `step`. A run that goes on first drops what lies behind its
-    checkpoint, after `step` steps."""
+    checkpoint, after `step` steps. All processes know the rows, and the first writes them."""
 
     def __init__(self, path: Path, step: int):
         self.path, self.rows = path, [row for row in read_rows(path) if row["step"] <= step]
+        if not is_first():
+            return
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         partial.replace(path)
@@ -815,26 +839,32 @@ class JsonLines:
         return [row for row in self.rows if row["step"] == step]
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if is_first():
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         self.rows.append(row)
 
 
 def main(config: Config) -> None:
     # 1. Everything that can be wrong is found here, before anything is written.
-    config.check()
     if config.compile_only is not None:
         return compile_only(config)
-    check_folder(config)
-    mesh = make_run_mesh(config)
-    models = load_models(config)
-    training, held_out = load_texts(config, models)
-    specs((models.student, models.teacher), mesh)  # raises if the mesh does not divide a parameter
-    start_folder(config)
+    with together():
+        config.check()
+        if is_first():
+            check_folder(config)
+        mesh = make_run_mesh(config)
+        models = load_models(config)
+        training, held_out = load_texts(config, models)
+        specs((models.student, models.teacher), mesh)  # raises if the mesh does not divide a parameter
+    with together():
+        if is_first():
+            start_folder(config)
 
     # 2. Parameters on the mesh: trained ones in float32, frozen ones in the dtype they are used in.
     dtype = jnp.dtype(config.compute_dtype)
     student, frozen = eqx.partition(models.student, is_trained(config, models.student))
+    report.console.quiet = not is_first()
     report.show_settings(config, {"student, trained": student, "student, frozen": frozen, "teacher": models.teacher})
     student = place(student, mesh, jnp.float32)
     fixed = Fixed(
@@ -847,21 +877,26 @@ def main(config: Config) -> None:
     state = initial_state(optimizer, student, mesh)
     step_function = jax.jit(functools.partial(train_step, config, optimizer, mesh), donate_argnums=0)
 
-    # 3. Batches are a function of (seed, step).
-    def batch_of(step: int) -> tuple[Batch, int]:
-        return models.batch(config, training.batch(config.seed, step, config.batch_size))
+    # 3. Batches are a function of (seed, step). Each process encodes the rows of its own devices.
+    def encode(pieces: list[Piece]) -> tuple[Batch, np.ndarray]:
+        return models.batch(config, [pieces[row] for row in local_rows(mesh, len(pieces))])
+
+    def batch_of(step: int) -> tuple[Batch, np.ndarray]:
+        return encode(training.batch(config.seed, step, config.batch_size))
 
     if models.teacher is not None:
         report.show_alignment(batch_of(0)[0], models.student_vocabulary, models.teacher_vocabulary)
 
     checkpoints = config.out / "checkpoints"
-    if config.resume and checkpoint.latest(checkpoints) is not None:
-        found = checkpoint.restore(checkpoints, state.items())
-        state = State(found["student"], **found["rest"])
-    first = int(state.step)
-    log, evaluations, samples = (
-        JsonLines(config.out / f"{name}.jsonl", first) for name in ("metrics", "evaluations", "samples")
-    )
+    with together():
+        check_shared(config)
+        if config.resume and checkpoint.latest(checkpoints) is not None:
+            found = checkpoint.restore(checkpoints, state.items())
+            state = State(found["student"], **found["rest"])
+        first = int(state.step)
+        log, evaluations, samples = (
+            JsonLines(config.out / f"{name}.jsonl", first) for name in ("metrics", "evaluations", "samples")
+        )
     before = {"seconds": 0.0, "dropped": 0} | (log.rows[-1] if log.rows else {})
     began = time.monotonic()
 
@@ -876,9 +911,7 @@ def main(config: Config) -> None:
         last = min(config.evaluation_skip + config.evaluation_rows, len(held_out))
         rows = held_out.batch(0, 0, last)[config.evaluation_skip :]
         rows += [()] * (-len(rows) % config.batch_size)  # an empty piece is a row without weight
-        batches = (
-            models.batch(config, rows[i : i + config.batch_size])[0] for i in range(0, len(rows), config.batch_size)
-        )
+        batches = (encode(rows[i : i + config.batch_size])[0] for i in range(0, len(rows), config.batch_size))
         model = eqx.combine(state.student, fixed.student)
         found = measure(model, fixed.teacher, fixed.student_entries, fixed.teacher_entries, batches, mesh, dtype)
         agreement = found.pop("agreement", None)
@@ -915,8 +948,10 @@ def main(config: Config) -> None:
     with report.progress_bar() as bar:
         task = bar.add_task("compiling", total=config.steps, completed=first)
 
-        def record(step: int, metrics: dict[str, jax.Array], dropped: int) -> None:
+        def record(step: int, metrics: dict[str, jax.Array], left_out: jax.Array) -> None:
+            nonlocal dropped
             values = fetch(step, metrics)
+            dropped += int(left_out)
             bar.update(task, completed=step, description=report.progress_line(values))
             if step % config.log_interval == 0 or is_saved(step):
                 rate = float(schedule(step - 1))
@@ -924,11 +959,11 @@ def main(config: Config) -> None:
 
         for step in range(first, config.steps):
             batch, left_out = next(batches)
-            dropped += left_out
             state, metrics = step_function(state, fixed, place_rows(batch, mesh))
+            left_out = count_rows(left_out, mesh)
             if pending is not None:
                 record(*pending)
-            pending = step + 1, metrics, dropped
+            pending = step + 1, metrics, left_out
             if is_saved(step + 1) or is_evaluated(step + 1):  # not before its numbers were found to be good
                 record(*pending)
                 pending = None
@@ -940,17 +975,39 @@ def main(config: Config) -> None:
     trained = seconds()
 
     # 5. The result: the student as a Hugging Face folder, a table, a few lines of its own, and summary.json last.
-    model = eqx.combine(state.student, fixed.student)
-    shutil.rmtree(config.out / "hf", ignore_errors=True)
-    save(config.out / "hf", model, models.student_vocabulary, models.student_ngrams, config.compute_dtype, models.usage)
+    with together():
+        if is_first():
+            save_student(config, models, eqx.combine(state.student, fixed.student))
     evaluate(config.steps, state)
     show_samples(config.steps, state)
+    with together():
+        if is_first():
+            finish_run(config, evaluations, trained, dropped)
+
+
+def save_student(config: Config, models: Models, model: Transformer) -> None:
+    """Writes --out/hf, on the first process. Of a model that lies on several processes it reads the last checkpoint."""
+    if jax.process_count() > 1:
+        model = trained_student(config, models, config.out / "checkpoints", config.steps)
+    shutil.rmtree(config.out / "hf", ignore_errors=True)
+    save(config.out / "hf", model, models.student_vocabulary, models.student_ngrams, config.compute_dtype, models.usage)
+
+
+def trained_student(config: Config, models: Models, checkpoints: Path, step: int | None) -> Transformer:
+    """A run's student as a checkpoint has it, on the host; what is not trained comes from where the run began."""
+    trained, frozen = eqx.partition(models.student, models.is_trained(config))
+    like = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), trained)  # no memory but one number
+    return eqx.combine(checkpoint.restore(checkpoints, {"student": like}, step, alone=True)["student"], frozen)
+
+
+def finish_run(config: Config, evaluations: JsonLines, seconds: float, dropped: int) -> None:
+    """The table of results, and summary.json."""
     bits, agreement = ends(evaluations, config.steps)
-    if held_out is not None:
+    if config.held_out or config.stdlib:
         report.show_results(bits, agreement)
     if dropped:
         report.console.print(f"{dropped} texts were left out: the two tokenizers do not spell them alike.")
-    summary = {"bits_per_byte": bits, "agreement": agreement, "steps": config.steps, "seconds": trained}
+    summary = {"bits_per_byte": bits, "agreement": agreement, "steps": config.steps, "seconds": seconds}
     (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.console.print(f"The student is in {config.out / 'hf'}, the numbers are in {config.out / 'summary.json'}.")
 
@@ -1134,27 +1191,55 @@ def batch_shapes(config: Config, student: Transformer, teacher: Transformer | No
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), batch)
 
 
+def sentence(error: InputError | OSError) -> str:
+    """Why the program ends, in one line."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename or 'the system'}: {error.strerror or error}: make it possible and start again"
+    return f"error: {' '.join(text.splitlines())}"
+
+
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Bad input, or a system that refuses, ends the program with one sentence on stderr and exit code 1."""
+    """Bad input, or a system that refuses, ends the program with one sentence on stderr and exit code 1.
+
+    Where all processes find the same, as with numbers that are not finite, the first says it. Where one fails alone it
+    says it, and JAX ends the others.
+    """
     try:
         yield
-    except InputError as error:
-        sentence = str(error)
-    except OSError as error:
-        sentence = f"{error.filename or 'the system'}: {error.strerror or error}: make it possible and start again"
-    else:
-        return
-    sys.exit(f"error: {' '.join(sentence.splitlines())}")
+    except (InputError, OSError) as error:
+        alone = not all_come_here(seconds=10)
+        sys.exit(sentence(error) if alone or is_first() else 1)
 
 
-def cli(arguments: list[str]) -> None:
-    """`quickstart` is meant where no preset is named. Bad input ends the program with one sentence."""
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What all processes do before any goes on: where one fails all end, and the first that did says why."""
+    error = None
+    try:
+        yield
+    except (InputError, OSError) as found:
+        if not jax.distributed.is_initialized():
+            raise
+        error = found
+    if jax.distributed.is_initialized() and (failed := which(error is not None)):
+        sys.exit(sentence(error) if failed[0] == jax.process_index() else 1)
+
+
+def cli(arguments: list[str], of_several: bool = False) -> None:
+    """`quickstart` is meant where no preset is named. Bad input ends the program with one sentence.
+
+    `of_several`: on a cluster, this is one of several processes; only the first use of JAX can make it that.
+    """
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["quickstart", *arguments]
     with one_sentence():
-        main(tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog="train.py", description=__doc__))
+        config = tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog="train.py", description=__doc__)
+        if of_several:
+            join()
+        main(config)
 
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    cli(sys.argv[1:], of_several=True)

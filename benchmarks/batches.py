@@ -115,7 +115,7 @@ def main() -> None:
                 start = time.perf_counter()
                 batch, dropped = make_batch(pieces, *sides)
                 ours.append(time.perf_counter() - start)
-                left_out += dropped
+                left_out += dropped.sum()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
         best, fastest = min(ours), min(library)
         middle, usual = statistics.median(ours), statistics.median(library)

@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Float32, Int
 
 from minalm.layers import softcap
+from minalm.sharding import vary_like
 
 SAVED = "attention"  # the name under which a rematerialisation policy finds what the backward pass needs
 
@@ -95,7 +96,7 @@ def in_form(
     q = q * jnp.asarray(scale, q.dtype)
     # All vary over the same axes of the mesh from here on. Where k and v did not (heads over `tp` that share keys), the
     # transpose of this line sums their gradients.
-    q, k, v = (_vary_like(x, q, k, v, window, segments) for x in (q, k, v))
+    q, k, v = vary_like((q, k, v), q, k, v, window, segments)
     return _attention(Setting(distinct, cap, form), q, k, v, window, segments)
 
 
@@ -127,12 +128,6 @@ def _in_form(kernel, blocks, setting, arguments):
             default=functools.partial(blocks, setting),
         )
     return (blocks if setting.form == "blocks" else kernel)(setting, *arguments)
-
-
-def _vary_like(x, *others):
-    """x, typed as varying over all axes of the mesh that any of the others varies over (inside shard_map)."""
-    axes = frozenset().union(*(jax.typeof(other).manual_axis_type.varying for other in others if other is not None))
-    return jax.lax.pcast(x, tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying)), to="varying")
 
 
 # --- on a TPU: the splash attention kernel ------------------------------------------------------------------------
@@ -233,7 +228,7 @@ def _by_window(of_row, setting, window, arguments):
         branches = [functools.partial(of_window, size) for size in setting.windows]
         number = jnp.sum(jnp.asarray(setting.windows[:-1], jnp.int32) < window)
         results = branches[0]() if len(branches) == 1 else jax.lax.switch(number, branches)
-    return tuple(_vary_like(result, q) for result in results)
+    return vary_like(tuple(results), q)
 
 
 # --- elsewhere: blocks of queries ---------------------------------------------------------------------------------
@@ -268,7 +263,7 @@ def _blocks_backward(setting, saved, out_grad):
     shift = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), axis=-1)
     rows = tuple(_fold(x, kv_heads, block) for x in (q, out_grad, shift, logsumexp))
     keys, values = _fold_keys(k, block), _fold_keys(v, block)
-    grads = tuple(_vary_like(jnp.zeros(keys.shape, jnp.float32), q) for _ in range(2))  # sums over all queries
+    grads = vary_like((jnp.zeros(keys.shape, jnp.float32), jnp.zeros(keys.shape, jnp.float32)), q)  # over all queries
     q_grads = []
     for span, stop in _spans(time, block):
 

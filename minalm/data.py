@@ -26,8 +26,10 @@ class Side(NamedTuple):
     length: int  # tokens of a row
 
 
-def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> tuple[Batch, int]:
-    """One row for each piece, cut at each side's length, and the number of pieces left out.
+def make_batch(
+    pieces: Sequence[Piece], student: Side, teacher: Side | None
+) -> tuple[Batch, Bool[np.ndarray, " batch"]]:
+    """One row for each piece, cut at each side's length, and which pieces were left out.
 
     A piece is left out if a tokenizer cannot spell its bytes: its row is empty, with weight 0 and no chunks. Texts are
     put through the teacher's and then the student's Unicode normaliser before either reads them. Without a teacher the
@@ -47,7 +49,7 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
             teacher=None if teacher is None else _tokens(theirs, teacher),
             chunks=_chunks(ours, theirs, student, teacher or student),
         ),
-        usable.count(False),
+        ~np.array(usable, bool),
     )
 
 

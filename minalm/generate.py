@@ -55,7 +55,7 @@ def empty_caches(model: Transformer, batch: int, length: int, mesh: Mesh, dtype:
     shapes = (model.config.layers - 1, *shape), shape
 
     def cache(shape, layout):
-        return Cache(*(jax.device_put(np.zeros(shape, dtype), layout) for _ in range(2)))
+        return Cache(*(jnp.zeros(shape, dtype, device=layout) for _ in range(2)))
 
     stacked, single = map(cache, shapes, shardings(CACHE_LAYOUT, mesh))
     return stacked, single
@@ -98,16 +98,21 @@ def generate(
         ),
         donate_argnums=2,
     )
+
+    @functools.partial(jax.jit, out_shardings=shardings(P(), mesh))  # every process goes on with all rows
+    def choose(logits, number):
+        keys = jax.random.split(jax.random.key(seed), new_tokens)
+        return sample(logits, temperature, keys[number])
+
     caches = empty_caches(model, batch, ids.shape[1], mesh, dtype)
     rows = np.arange(batch)
     positions = np.arange(lengths.max())[None].repeat(batch, 0)
-    keys = jax.random.split(jax.random.key(seed), new_tokens)
     for number in range(new_tokens):
         expanded = None if ngrams is None else np.take_along_axis(ngrams(ids), positions, axis=1)
         inputs = np.take_along_axis(ids, positions, axis=1)
         last = lengths - 1 if number == 0 else np.zeros_like(lengths)
         logits, caches = step(model, entries, caches, inputs, expanded, positions, last)
-        ids[rows, lengths + number] = jax.device_get(sample(logits, temperature, keys[number]))
+        ids[rows, lengths + number] = jax.device_get(choose(logits, number))
         positions = (lengths + number)[:, None]
     continuations = [
         ids[row, length : length + new_tokens].tolist() for row, length in zip(range(len(prompts)), lengths)

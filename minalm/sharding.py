@@ -11,6 +11,7 @@ CPU with two transposed copies of every gathered array.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from minalm.text import InputError
 
@@ -30,8 +31,10 @@ TP_OR_WHOLE = "tp or whole"  # of key and value heads: divided over tp; or, wher
 
 
 def make_mesh(fsdp: int, tp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the first `fsdp * tp` of the devices (None: of this process's). Raises InputError if there are fewer."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh over the first `fsdp * tp` of the devices (None: those of this run). Raises InputError when there are fewer,
+    or a process of the run has none of them."""
+    of_this_run = devices is None
+    devices = jax.devices() if of_this_run else devices
     if min(fsdp, tp) < 1:
         raise InputError(f"the mesh {fsdp}x{tp} has no devices: give --mesh.fsdp and --mesh.tp at least 1")
     if fsdp * tp > len(devices):
@@ -39,8 +42,14 @@ def make_mesh(fsdp: int, tp: int, devices: Sequence[jax.Device] | None = None) -
             f"the mesh {fsdp}x{tp} needs {fsdp * tp} devices but there are {len(devices)}: "
             "make --mesh.fsdp times --mesh.tp at most that"
         )
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((fsdp, tp), ("fsdp", "tp"), axis_types=axis_types, devices=devices[: fsdp * tp])
+    devices = devices[: fsdp * tp]
+    processes = range(jax.process_count() if of_this_run else 0)
+    if idle := set(processes) - {device.process_index for device in devices}:
+        raise InputError(
+            f"the mesh {fsdp}x{tp} has no device of process {min(idle)}: make --mesh.fsdp times --mesh.tp "
+            f"{jax.device_count()}, and --batch-size a multiple of --mesh.fsdp"
+        )
+    return jax.make_mesh((fsdp, tp), ("fsdp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
 def param(*layout: str | None):
@@ -117,7 +126,7 @@ def place(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
 
     def placed(leaf, sharding):
         own = leaf.dtype if dtype is None else dtype
-        if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.Array) and sharding.is_fully_addressable:
             return jax.device_put(leaf.astype(own), sharding)
         owners = {}  # the devices that hold the same slice
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -141,9 +150,40 @@ def place_shapes(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> Py
     return jax.tree.map(placed, tree, shardings(specs(tree, mesh), mesh))
 
 
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a batch's `rows` lie on this process's devices: all where there is one process.
+
+    Processes whose devices differ in `tp` alone hold the same rows.
+    """
+    cuts = shardings(ROWS, mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (cut,) in cuts for row in range(rows)[cut]})
+
+
 def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:
-    """A batch laid out on the mesh: rows divided over `fsdp`."""
-    return jax.device_put(batch, shardings(ROWS, mesh))
+    """A batch laid out on the mesh: rows divided over `fsdp`. Each process gives its `local_rows`; none travel."""
+    sharding, count = shardings(ROWS, mesh), mesh.shape["fsdp"]
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    held = local_rows(mesh, count)  # of the rows in `count` equal parts, the parts that are here
+
+    def placed(leaf):
+        parts = dict(zip(held, np.split(leaf, len(held)), strict=True))
+        size = len(leaf) // len(held)
+        shape = (size * count, *leaf.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: parts[(index[0].start or 0) // size])
+
+    return jax.tree.map(placed, batch)
+
+
+def count_rows(marked: Bool[np.ndarray, " local"], mesh: Mesh) -> Int[Array, ""]:
+    """How many rows of a batch are marked, of all processes' `local_rows`, each counted once. Does not wait for it."""
+    return _count(place_rows(marked, mesh), mesh)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _count(marked: Bool[Array, " batch"], mesh: Mesh) -> Int[Array, ""]:
+    count = jnp.sum(marked, dtype=jnp.int32)
+    return jax.lax.with_sharding_constraint(count, shardings(REPLICATED, mesh))
 
 
 # --- inside on_mesh -----------------------------------------------------------------------------------------------

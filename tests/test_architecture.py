@@ -25,7 +25,7 @@ IMPORTS = {
     "data": {"text", "vocab", "align", "ngrams", "types"},
     "sharding": {"text"},
     "layers": set(),
-    "attention": {"layers"},
+    "attention": {"layers", "sharding"},
     "model": {"attention", "layers", "sharding"},
     "head": {"layers", "sharding", "types"},
     "losses": {"sharding", "text", "types"},
@@ -38,6 +38,7 @@ IMPORTS = {
     "modeling_minalm": set(),  # no part of the package: copied into folders, where transformers runs it
     "checkpoint": {"text"},
     "cost": {"model", "sharding", "text"},
+    "processes": {"text"},
     "report": {"cost", "types", "vocab"},
 }
 HOST = ("text", "stdlib_text", "chat", "vocab", "align", "ngrams", "transfer")  # numpy only

@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from minalm import attention, families, layers
 from minalm.attention import in_form, kernel_block, kernel_flops, self_attention
 from minalm.model import ModelConfig
-from minalm.sharding import P, make_mesh, rows_sum, specs
+from minalm.sharding import P, make_mesh, on_mesh, rows_sum, specs
 
 SCALE, CAP = 0.4, 5.0
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -91,9 +91,7 @@ def test_every_form_on_a_mesh_is_the_plain_one(form, segmented):
         )
         return with_gradients(attend, q, k, v, out_grad)
 
-    mapped = on_mesh(
-        on_device, mesh=make_mesh(2, 2), in_specs=(heads, heads, heads, heads, P(), rows), out_specs=heads
-    )
+    mapped = on_mesh(on_device, mesh=make_mesh(2, 2), in_specs=(heads, heads, heads, heads, P(), rows), out_specs=heads)
     with jax.default_matmul_precision("highest"):
         found = jax.jit(mapped, compiler_options=QUICK)(*inputs, np.array(100, np.int32), segments)
     assert_near(found, expected(*inputs, segments, 100, CAP))

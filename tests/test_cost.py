@@ -18,7 +18,7 @@ import train
 from minalm import cost, families, report
 from minalm.head import Entries, token_stats
 from minalm.model import ModelConfig
-from minalm.sharding import ROWS, P, make_mesh, place_shapes, specs
+from minalm.sharding import ROWS, P, make_mesh, on_mesh, place_shapes, specs
 from minalm.text import InputError
 
 WINDOWED = ModelConfig(
@@ -149,9 +149,7 @@ def test_forward_flops_are_those_of_the_model():
 
     model = families.abstract(WINDOWED)
     entries = Entries(np.ones(60, bool), np.ones(60, bool))
-    mapped = on_mesh(
-        forward, mesh=mesh, in_specs=(specs(model, mesh), ROWS, specs(entries, mesh)), out_specs=ROWS
-    )
+    mapped = on_mesh(forward, mesh=mesh, in_specs=(specs(model, mesh), ROWS, specs(entries, mesh)), out_specs=ROWS)
     found = 4 * flops_of(mapped, model, shaped(batch, time, dtype=jnp.int32), entries)
     pairs = sum(sum(min(query + 1, window or time) for query in range(time)) for window in WINDOWED.windows)
     hidden = 4 * batch * WINDOWED.heads * WINDOWED.head_dim * (3 * time * time - pairs)
@@ -267,7 +265,7 @@ def test_messages_in_a_loop(kind, axis, function, factor):
 
         return lax.scan(lambda x, _: (once(x), None), once(x), length=ROUNDS)[0]
 
-    mapped = on_mesh(
+    mapped = jax.shard_map(
         looped, mesh=make_mesh(4, 2), in_specs=P("fsdp", "tp"), out_specs=P("fsdp", "tp"), check_vma=False
     )
     program = cost.parse_program(jax.jit(mapped).lower(shaped(64, 64)).compile().as_text())
@@ -287,9 +285,7 @@ def layers(rounds: int) -> tuple[cost.Program, float]:
         return lax.psum(lax.scan(body, x, ws)[0].sum(), "fsdp")
 
     weights = (P(None, "fsdp", "tp"), P(None, "tp", "fsdp"))
-    mapped = on_mesh(
-        jax.grad(loss, argnums=1), mesh=make_mesh(4, 2), in_specs=(P("fsdp"), weights), out_specs=weights
-    )
+    mapped = on_mesh(jax.grad(loss, argnums=1), mesh=make_mesh(4, 2), in_specs=(P("fsdp"), weights), out_specs=weights)
     shapes = shaped(64, 64), (shaped(rounds, 64, 128), shaped(rounds, 128, 64))
     compiled = jax.jit(mapped).lower(*shapes).compile()
     return cost.parse_program(compiled.as_text()), compiled.cost_analysis()["bytes accessed"]

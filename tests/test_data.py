@@ -41,7 +41,7 @@ BYTES = "bytes of gemma"
 def test_rows_and_targets():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
     batch, left_out = batch_of(PIECES, student, teacher, longest_suffix(teacher, student), 40, 20)
-    assert left_out == 0
+    assert not left_out.any()
     for tokens, side, length in ((batch.student, student, 40), (batch.teacher, teacher, 20)):
         for row, encoding in enumerate(side.encode(PIECES)):
             ids = encoding.ids[:length].tolist()
@@ -110,7 +110,7 @@ def test_what_a_side_cannot_spell_is_left_out(tmp_path):
     student = byte_vocabulary(teacher)
     pieces = [plain("the"), plain("a\U00100000b"), plain("end")]  # UTF-8: f4 80 80 80
     batch, left_out = batch_of(pieces, student, teacher, longest_suffix(teacher, student), 20, 10)
-    assert left_out == 1
+    assert left_out.tolist() == [False, True, False]
     for tokens, side in ((batch.student, student), (batch.teacher, teacher)):
         assert (tokens.inputs[1] == side.pad_id).all() and (tokens.weight[1] == 0).all()
         assert (tokens.weight[[0, 2]] > 0).any(axis=1).all()
@@ -124,7 +124,7 @@ def test_texts_are_normalised_for_both():
     for student, teacher in (("bytes of llama", "qwen"), ("qwen", "llama")):
         student, teacher = vocabulary(student), vocabulary(teacher)
         batch, left_out = batch_of(pieces, student, teacher, None, 20, 20)
-        assert left_out == 0
+        assert left_out.tolist() == [False]
         for tokens, side in ((batch.student, student), (batch.teacher, teacher)):
             assert side.decode(tokens.inputs[0][tokens.inputs[0] < 256 + 64]) == "caf\u00e9"
 

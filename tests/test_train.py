@@ -86,9 +86,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Files:
-    root = tmp_path_factory.mktemp("files")
+def make_files(root: Path) -> Files:
     train_bpe(documents(0, 40), 288, root / "own")
     train_bpe(documents(1, 40), 300, root / "other")
     tokenizer = {path.name: path.read_bytes() for path in (root / "own").iterdir()}
@@ -111,6 +109,11 @@ def files(tmp_path_factory) -> Files:
         lines = [json.dumps({"text": text}) for text in documents(seed, 20)]
         (root / name).write_text("\n".join(lines))
     return Files(root / "untied", root / "tied", root / "other", root / "data.jsonl", root / "held_out.jsonl")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    return make_files(tmp_path_factory.mktemp("files"))
 
 
 def arguments(files: Files, out: Path, **changes: object) -> list[str]:

@@ -1,0 +1,270 @@
+"""Runs over two processes of four devices each against one process of eight."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import several
+import test_step
+import test_train
+from test_train import arguments, lines, rows, weights
+
+import train
+from minalm import hf
+from minalm.text import read_corpus
+
+ROOT = Path(__file__).parents[1]
+RUN = {"mesh__fsdp": 4, "mesh__tp": 2, "batch_size": 8, "steps": 20, "save_interval": 10, "samples": 1}
+
+
+def start(
+    program: Path, *words: object, numbers: Sequence[int] = (0, 1), changes: dict[str, str] | None = None
+) -> list[subprocess.Popen]:
+    """Starts a program in two processes, or some of them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, program, *map(str, words)],
+            env=os.environ | settings | {"JAX_PROCESS_ID": str(number)} | (changes or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in numbers
+    ]
+
+
+def wait(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """How each process ended, and what it printed on stdout and stderr."""
+    try:
+        printed = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, printed, strict=True)]
+
+
+def notes(folder: Path) -> list[list[dict]]:
+    """What each process noted."""
+    return [[json.loads(line) for line in (folder / f"notes {i}").read_text().splitlines()] for i in range(2)]
+
+
+# --- one step -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """What one device found, and a folder with what two processes found on each mesh, and noted."""
+    out = tmp_path_factory.mktemp("gradients")
+    started = start(ROOT / "tests" / "several.py", "gradients", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_step, "parameters", several.parameters)
+        grad, metrics = test_step.gradients(test_step.settings(), 1, 1, *test_step.models())
+    found = wait(started)
+    assert [code for code, *_ in found] == [0, 0], found
+    return grad | metrics, out
+
+
+def test_losses_and_gradients_are_those_of_one_device(gradients):
+    expected, out = gradients
+    assert "blocks.attention.q" in expected and "loss/alm" in expected
+    for fsdp, tp in several.MESHES:
+        first, second = (dict(np.load(out / f"{fsdp}x{tp} {number}.npz")) for number in range(2))
+        assert any(np.isnan(value).any() for value in first.values())
+        for name, value in first.items():
+            value[...] = np.where(np.isnan(value), second[name], value)
+        test_step.assert_near(first, expected, 1e-5)
+
+
+def test_rows_of_each_process(gradients):
+    """Each holds the rows of its own devices, and a row on both counts once."""
+    halves = [*range(8)], [*range(8, 16)]
+    for number, noted in enumerate(notes(gradients[1])):
+        assert [(row["fsdp"], row["rows"]) for row in noted] == [
+            (8, halves[number]),
+            (2, halves[number]),
+            (1, [*range(16)]),
+        ]
+        for row in noted:
+            assert row["count"] == 3  # rows 1, 6 and 11
+            assert len(row["shards"]) == 4
+            for first, *held in row["shards"]:
+                assert held == [*range(first, first + 16 // row["fsdp"])]
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """The preset of test_train, compiled quickly as there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PRESETS, "tiny", ("The run of these tests.", test_train.TINY))
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> test_train.Files:
+    return test_train.make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def alone(files, quick_runs, tmp_path_factory) -> Path:
+    """The run in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    test_train.run(files, out, **RUN, held_out=files.held_out)
+    return out
+
+
+def without_the_last_checkpoint(run: Path, out: Path) -> None:
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("20", "hf", "summary.json"))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["10"]
+
+
+@pytest.fixture(scope="module")
+def together(files, alone, tmp_path_factory):
+    """What two processes do one after the other: the folder, and how each ended and what it printed."""
+    root = tmp_path_factory.mktemp("together")
+    shutil.copytree(alone, root / "resumed", ignore=shutil.ignore_patterns("hf", "summary.json"))
+    settings = RUN | {"held_out": files.held_out}
+    jobs = [
+        [
+            arguments(files, root / "refused", **settings, epsilon=-1),
+            arguments(files, root / "refused", **settings | {"data": root / "none.txt" if number else files.data}),
+            arguments(files, root / "run", **settings),
+            arguments(files, root / "resumed", **settings, resume=True),
+            [],
+            arguments(files, root / "run", **settings),
+        ]
+        for number in range(2)
+    ]
+    (root / "jobs.json").write_text(json.dumps(jobs, default=str))
+    return root, wait(start(ROOT / "tests" / "several.py", "runs", root / "jobs.json"))
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    for name in ("metrics", "evaluations"):
+        theirs = lines(expected) if name == "metrics" else rows(expected, name)
+        ours = lines(found) if name == "metrics" else rows(found, name)
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for row, other in zip(ours, theirs, strict=True):
+            flat = train.flat(row), train.flat(other)
+            assert flat[0].keys() == flat[1].keys()
+            np.testing.assert_allclose([*flat[0].values()], [*flat[1].values()], rtol=1e-4, err_msg=str(row["step"]))
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_a_run_on_two_processes_is_that_on_one(together, alone, files):
+    root, _ = together
+    assert len(lines(alone)) == 20
+    assert_same_run(root / "run", alone)
+    assert {path.name for path in (root / "run").iterdir()} == {path.name for path in alone.iterdir()}
+    model, start_weights = hf.load(root / "run" / "hf", np.float32), hf.load(files.untied, np.float32)
+    assert model.config == hf.read_config(alone / "hf" / "config.json")
+    np.testing.assert_array_equal(model.expansion, start_weights.embed)  # frozen
+    assert np.abs(model.blocks.attention.q - start_weights.blocks.attention.q).max() > 1e-2  # trained
+    assert len(rows(root / "run", "samples")) == 2
+    for folder in ("hf/config.json", "hf/tokenizer.json", "hf/generation_config.json"):
+        assert (root / "run" / folder).read_bytes() == (alone / folder).read_bytes()
+    summary = json.loads((root / "run" / "summary.json").read_text())
+    assert summary["bits_per_byte"]["student_end"] < summary["bits_per_byte"]["student_start"]
+
+
+def test_a_run_goes_on_on_another_number_of_processes(together, alone, files, tmp_path):
+    root, _ = together
+    assert_same_run(root / "resumed", alone)  # from one to two: the last checkpoint, written again as hf/
+    for name, value in weights(alone).items():
+        np.testing.assert_array_equal(weights(root / "resumed")[name], value, err_msg=name)
+    without_the_last_checkpoint(root / "run", tmp_path / "run")  # and from two to one
+    test_train.run(files, tmp_path / "run", **RUN, held_out=files.held_out, resume=True)
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_each_process_encodes_its_own_rows(together, files):
+    """The first half of each step's pieces, or the second; both halves are all."""
+    corpus = read_corpus([files.data], 64)
+
+    def texts(step):
+        pieces = corpus.batch(0, step, 8)
+        return ["".join(part.content for part in piece if isinstance(part.content, str)) for piece in pieces]
+
+    for number, noted in enumerate(notes(together[0])):
+        calls = [row["texts"] for row in noted if "texts" in row]
+        assert {len(call) for call in calls} == {4}
+        for step in range(20):
+            own = slice(4 * number, 4 * number + 4)
+            assert texts(step)[own] in calls
+            assert texts(step)[4 - 4 * number : 8 - 4 * number] not in calls
+
+
+def test_the_second_process_prints_nothing(together):
+    (_, first, _), (_, second, _) = together[1]
+    for words in (
+        "student_tokenizer",
+        "parameters: teacher",
+        "Equal colours",
+        "20/20",
+        "student after",
+        "The student is",
+    ):
+        assert words in first and words not in second, words
+
+
+def test_errors_end_all_processes_with_one_sentence(together):
+    root, found = together
+    ends = [[row["ended"] for row in noted if "ended" in row] for noted in notes(root)]
+    assert ends[0] == [
+        "error: --epsilon is -1.0: it must be a number of at least 0.0",
+        1,
+        0,
+        0,
+        "error: all find the same",
+    ]
+    assert ends[1][0] == 1 and ends[1][2:] == [0, 0, 1]
+    assert ends[1][1].startswith(f"error: {root / 'none.txt'} does not exist")
+    assert not (root / "refused").exists()
+    assert [code for code, *_ in found] == [1, 1]
+    exists = f"error: {root / 'run'} exists: go on with --resume, replace it with --overwrite, or name another --out"
+    assert found[0][2].splitlines() == [exists]
+    assert found[1][2] == ""
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    (
+        ({"JAX_NUM_PROCESSES": "two"}, "invalid literal"),
+        ({"JAX_PROCESS_ID": "2"}, "process_id < num_processes"),
+    ),
+)
+def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path, changes, words):
+    started = start(ROOT / "train.py", "--out", tmp_path / "run", numbers=[1], changes=changes)
+    ((code, stdout, stderr),) = wait(started)
+    assert code == 1 and stdout == ""
+    (sentence,) = stderr.splitlines()
+    assert sentence.startswith("error: this process could not join the others (") and words in sentence
+    assert not (tmp_path / "run").exists()
