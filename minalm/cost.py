@@ -582,9 +582,12 @@ class Estimate:
 
 
 def compiler_need(message: str) -> str:
-    """What the compiler says, in an error, that a chip would need."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return f"a chip would need {found[1]} {found[2]}iB" if found else "a chip would need more"
+    """What the compiler says, in an error, that a chip would need: one of its two ways to put it."""
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
+    if found is None:
+        return "a chip would need more"
+    size, unit, used, used_unit = found.groups()
+    return f"a chip would need {size} {unit}iB of temporaries" if size else f"a chip would need {used} {used_unit}iB"
 
 
 def does_not_fit(topology: Topology, mesh: tuple[int, int], need: str) -> InputError:
