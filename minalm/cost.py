@@ -364,8 +364,8 @@ def traffic(program: Program, trips: bool = True, fast: bool = False) -> Traffic
 
     `trips` counts the body of a loop as often as it goes round, and `fast` counts what lies in the chip's fast memory
     too. Without trips and with fast memory, a CPU's program gives what `cost_analysis()["bytes accessed"]` says. A TPU's
-    gives about a quarter less, on purpose: there an asynchronous copy counts again where it ends, a slice or an update
-    behind a bitcast counts as the whole, and buffers that are only named count as touched.
+    gives about a quarter less, on purpose: there an asynchronous copy counts again where it ends, and a slice or an
+    update behind a bitcast counts as the whole. Kernels, which count for nothing there, read operands and write results.
     """
 
     @cache
