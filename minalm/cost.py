@@ -363,8 +363,9 @@ def traffic(program: Program, trips: bool = True, fast: bool = False) -> Traffic
     nothing. A collective counts once, where it starts or where the fusion that it became part of does.
 
     `trips` counts the body of a loop as often as it goes round, and `fast` counts what lies in the chip's fast memory
-    too. Without trips and with fast memory, the result is close to `cost_analysis()["bytes accessed"]`, from which it
-    differs on purpose: there an asynchronous copy counts again where it ends, and a slice as a whole behind a bitcast.
+    too. Without trips and with fast memory, a CPU's program gives what `cost_analysis()["bytes accessed"]` says. A TPU's
+    gives about a quarter less, on purpose: there an asynchronous copy counts again where it ends, and a slice or an
+    update behind a bitcast counts as the whole. Kernels, which count for nothing there, read operands and write results.
     """
 
     @cache
@@ -582,9 +583,12 @@ class Estimate:
 
 
 def compiler_need(message: str) -> str:
-    """What the compiler says, in an error, that a chip would need."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return f"a chip would need {found[1]} {found[2]}iB" if found else "a chip would need more"
+    """What the compiler says, in an error, that a chip would need: one of its two ways to put it."""
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
+    if found is None:
+        return "a chip would need more"
+    size, unit, used, used_unit = found.groups()
+    return f"a chip would need {size} {unit}iB of temporaries" if size else f"a chip would need {used} {used_unit}iB"
 
 
 def does_not_fit(topology: Topology, mesh: tuple[int, int], need: str) -> InputError:

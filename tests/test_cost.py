@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -452,7 +453,7 @@ def test_compilation_for_cpu_devices(tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
     for row in ("4 x 1", "trained parameters", "optimiser", "batch", "temporaries", "FLOPs", "all-gather"):
         assert row in done.stdout
-    assert "bound" not in done.stdout and "cpu:8" in done.stdout
+    assert "bound by" not in done.stdout and "cpu:8" in done.stdout
 
 
 def test_shapes_are_those_of_a_run(monkeypatch):
@@ -509,6 +510,10 @@ def test_an_estimate_of_a_step(monkeypatch, capsys):
         too_small.check()
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 41.52G of 31.75G hbm. Exceeded by 9G."
     assert cost.compiler_need(message) == "a chip would need 41.52 GiB"
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (160.70G) exceeds"
+    )
+    assert cost.compiler_need(message) == "a chip would need 160.70 GiB of temporaries"
     assert cost.compiler_need("RESOURCE_EXHAUSTED: other words") == "a chip would need more"
 
 
@@ -546,5 +551,11 @@ def test_compilation_for_tpus(tmp_path):
     assert done.returncode == 0 and list(tmp_path.iterdir()) == []
     for row in ("TPU v4", "32 GiB", "bound by compute", "bound by memory", "bound by network", "1,500 steps"):
         assert row in done.stdout
+    long = ["--batch-size", "2048", "--student-length", "2048", "--teacher-length", "512"]
+    full = run(tmp_path, "quickstart", "--compile-only", "v5e:2x2", *long, "--mesh.fsdp", "4")
+    assert full.returncode == 1 and re.match(
+        r"error: the run does not fit v5e:2x2 as 4x1: a chip would need [\d.]+ GiB of temporaries and has 16 GiB",
+        full.stderr.splitlines()[-1],
+    )
     refusing = run(tmp_path, "quickstart", "--compile-only", "v4:3x3x3")
     assert refusing.returncode == 1 and "compiler refuses it" in refusing.stderr.splitlines()[-1]
