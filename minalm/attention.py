@@ -96,7 +96,7 @@ def in_form(
     q = q * jnp.asarray(scale, q.dtype)
     # All vary over the same axes of the mesh from here on. Where k and v did not (heads over `tp` that share keys), the
     # transpose of this line sums their gradients.
-    q, k, v = vary_like((q, k, v), q, k, v, window, segments)
+    q, k, v = vary_like((q, k, v), (q, k, v, window, segments))
     return _attention(Setting(distinct, cap, form), q, k, v, window, segments)
 
 

@@ -99,7 +99,7 @@ def _stats_forward(cap, hidden, targets, table, entries):
             return (higher, masses * jnp.exp(tops - higher) + added, at_target), None
 
         nothing = jnp.full((2, len(targets)), LOWEST), jnp.zeros((2, len(targets))), jnp.zeros(len(targets))
-        sums = vary_like(nothing, hidden, targets)
+        sums = vary_like(nothing, (hidden, targets))
         (tops, masses, at_target), _ = jax.lax.scan(add, sums, _starts(table))
         highest = tp_max(tops)
         boundary, rest = jnp.log(tp_sum(masses * jnp.exp(tops - highest))) + highest
@@ -137,7 +137,7 @@ def _stats_backward(cap, saved, grads):
         (hidden_grad, table_grad), _ = jax.lax.scan(add, (hidden_grad, table_grad), _starts(table))
         return table_grad, hidden_grad.astype(hidden.dtype)
 
-    table_grad = vary_like(jnp.zeros(table.shape, jnp.float32), table, hidden)
+    table_grad = vary_like(jnp.zeros(table.shape, jnp.float32), (table, hidden))
     table_grad, hidden_grad = jax.lax.scan(of_positions, table_grad, (hidden, targets, tuple(masses), grads))
     return hidden_grad, None, table_grad.astype(table.dtype), None
 

@@ -228,10 +228,10 @@ def lookup(
     return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 
 
-def vary_like(tree: PyTree, *others: PyTree) -> PyTree:
-    """The arrays of a tree, typed as varying over all axes of the mesh that any of the others varies over, for loops
+def vary_like(tree: PyTree, other: PyTree) -> PyTree:
+    """The arrays of a tree, typed as varying over all axes of the mesh that any of the other tree varies over, for loops
     that begin with a constant. The transpose of this sums the gradients of the devices."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(others)))
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(other)))
 
     def vary(x):
         return jax.lax.pcast(x, tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying)), to="varying")
