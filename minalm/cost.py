@@ -206,8 +206,8 @@ def product_flops(jaxpr: jax.extend.core.Jaxpr, platform: str) -> float:
     """FLOPs of the matrix products of a program on one device, 2 m k n each; all else in a transformer is small.
 
     A loop counts its body as often as it goes round, a condition its dearest branch, code that depends on the platform
-    the branch of `platform`, and a Pallas kernel its body for each step of its grid (blocks that a kernel skips as it
-    runs are counted). What stands outside of `shard_map` counts whole. Raises ValueError for products in a loop whose
+    the branch of `platform`, and a Pallas kernel its body for each step of its grid. Splash attention skips the blocks above
+    the diagonal as it runs, which are left out; what it skips for a window is not. What stands outside of `shard_map` counts whole. Raises ValueError for products in a loop whose
     number of rounds is not known.
     """
 
@@ -232,7 +232,12 @@ def product_flops(jaxpr: jax.extend.core.Jaxpr, platform: str) -> float:
             branches = [of(branch) for branch in values["branches"]]
             total += branches[chosen.index(True)] if True in chosen else max(branches)
         elif name == "pallas_call":
-            total += math.prod(values["grid_mapping"].grid) * of(values["jaxpr"])
+            grid, called = values["grid_mapping"].grid, str(values["name"])
+            share = 1.0
+            if called.startswith("splash"):  # [batch, head, query, key] forward, [batch, key, head, query] backward
+                across, along = grid[-3 if "dkv" in called else -2], grid[-1]
+                share = (along + 1) / (2 * along) if across == along else 1.0
+            total += share * math.prod(grid) * of(values["jaxpr"])
         else:  # calls of all kinds
             total += sum(of(inner) for inner in jax.extend.core.jaxprs_in_params(values))
     return total

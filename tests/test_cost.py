@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 import train
-from minalm import cost, families, report
+from minalm import attention, cost, families, report
 from minalm.head import Entries, token_stats
 from minalm.model import ModelConfig
 from minalm.sharding import ROWS, P, make_mesh, on_mesh, place_shapes, specs
@@ -222,6 +222,20 @@ def test_products_of_a_platform_and_of_a_kernel():
     assert flops_of(by_platform, x, w, platform="cpu") == 3 * PRODUCT
     assert flops_of(jax.grad(trained, (0, 1)), x, w, platform="tpu") == 5 * 3 * PRODUCT
     assert flops_of(jax.grad(trained, (0, 1)), x, w, platform="cpu") == 5 * (2 + 1 + 4) * PRODUCT
+
+
+@pytest.mark.parametrize("time, window", ((512, None), (2048, None), (2048, 4096)))
+def test_products_of_the_attention_kernel(time, window):
+    def loss(q, k, v):
+        out = attention.in_form(
+            q, k, v, np.array(2**30, np.int32), (window, None), 1.0, 50.0, None, "kernel_interpreted"
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    q, k = (shaped(2, time, heads, 64, dtype=jnp.bfloat16) for heads in (4, 2))
+    forward, backward = attention.kernel_flops(2, time, 4, 64, window)
+    assert flops_of(loss, q, k, k, platform="tpu") == forward
+    assert flops_of(jax.grad(loss, (0, 1, 2)), q, k, k, platform="tpu") == forward + backward
 
 
 def test_products_in_a_loop_of_unknown_length():
