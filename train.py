@@ -12,10 +12,8 @@ Read it from top to bottom: the settings, the step, the run. The arithmetic is i
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -192,7 +190,7 @@ class Config:
     accumulation: int = 1
     """Parts that each device's rows are worked off in, one after the other: less memory, the same gradient. With gradmag
     the weights are those of the whole batch, for which the parts are read a second time."""
-    remat: Remat = "none"
+    remat: Remat = "dots"
     """What the backward pass computes again: nothing, all but matrix products, or all of a layer."""
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
@@ -290,7 +288,7 @@ HEADLINE = dict(  # what both published byte models were trained with, written o
     weight_decay=0.0,
     clip_norm=None,
     compute_dtype="bfloat16",
-    mesh=MeshConfig(fsdp=4, tp=4),
+    mesh=MeshConfig(fsdp=8, tp=2),  # sends the least of what 16 chips can be (docs/performance.md); published: 4 x 4
     remat="dots",
 )
 SHAPES = {  # of models on the hub, as their config.json has them, so that --compile-only fetches nothing
@@ -848,7 +846,10 @@ class JsonLines:
 def main(config: Config) -> None:
     # 1. Everything that can be wrong is found here, before anything is written.
     if config.compile_only is not None:
-        return compile_only(config)
+        config.check()
+        found = estimate(config)
+        report.show_estimate(found)
+        return found.check()
     with together():
         config.check()
         if is_first():
@@ -995,7 +996,7 @@ def save_student(config: Config, models: Models, model: Transformer) -> None:
 
 def trained_student(config: Config, models: Models, checkpoints: Path, step: int | None) -> Transformer:
     """A run's student as a checkpoint has it, on the host; what is not trained comes from where the run began."""
-    trained, frozen = eqx.partition(models.student, models.is_trained(config))
+    trained, frozen = eqx.partition(models.student, is_trained(config, models.student))
     like = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), trained)  # no memory but one number
     return eqx.combine(checkpoint.restore(checkpoints, {"student": like}, step, alone=True)["student"], frozen)
 
@@ -1049,10 +1050,11 @@ def continue_texts(
 # --- compilation without devices ----------------------------------------------------------------------------------
 
 
-def compile_only(config: Config) -> None:
-    """Compiles the step as `main` does, from shapes alone, and shows what it takes. Raises InputError if it does not fit."""
+def estimate(config: Config) -> cost.Estimate:
+    """What a step takes, compiled as `main` does, from shapes alone. Raises InputError if the compiler finds that it does
+    not fit."""
     topology = cost.parse_topology(config.compile_only)
-    mesh = make_run_mesh(config, topology_devices(topology))
+    mesh = make_run_mesh(config, cost.topology_devices(topology))
     student, teacher = model_shapes(config)
     trained, frozen = eqx.partition(student, is_trained(config, student))
     dtype = jnp.dtype(config.compute_dtype)
@@ -1080,7 +1082,7 @@ def compile_only(config: Config) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise cost.does_not_fit(topology, tuple(mesh.devices.shape), cost.compiler_need(str(error))) from error
-    estimate = cost.Estimate(
+    return cost.Estimate(
         topology=topology,
         mesh=tuple(mesh.devices.shape),
         compile_seconds=time.monotonic() - began,
@@ -1110,36 +1112,6 @@ def compile_only(config: Config) -> None:
         ),
         steps=config.steps,
     )
-    report.show_estimate(estimate)
-    estimate.check()
-
-
-def topology_devices(topology: cost.Topology) -> list[jax.Device]:
-    """The devices of a topology, real enough to compile for. Raises InputError without the compiler, or if it knows no
-    such chips. Must come before all else that asks jax for devices."""
-    jax.config.update("jax_platforms", "cpu")  # compiles for TPUs too, and takes none
-    if topology.chip is None:
-        jax.config.update("jax_num_cpu_devices", topology.shape[0])
-        return jax.devices()
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            f"--compile-only {topology.name} needs the compiler for TPUs: install it with pip install 'minalm[tpu]'"
-        )
-    from jax.experimental import topologies
-
-    os.environ |= {  # ask nobody which chips this machine has, nor warn of it; other processes may use libtpu too
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v4-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    options = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
-    try:
-        return topologies.get_topology_desc(topology.name, "tpu", **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"--compile-only {topology.name}: TPU's compiler refuses it ({error}): give one like {cost.EXAMPLES}"
-        ) from error
 
 
 def model_shapes(config: Config) -> tuple[Transformer, Transformer | None]:

@@ -10,7 +10,9 @@ Nothing runs here and nothing is timed. Three sources, each for what it says exa
 """
 
 import dataclasses
+import importlib.util
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -92,6 +94,34 @@ def parse_topology(name: str) -> Topology:
         if kind in CHIPS and len(sizes) == CHIPS[kind].dimensions:
             return Topology(name, CHIPS[kind], sizes)
     raise InputError(f"--compile-only {name} is no topology that is known here: give one like {EXAMPLES}")
+
+
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """The devices of a topology, real enough to compile for. Raises InputError without the compiler, or if it knows no
+    such chips. Must come before all else that asks jax for devices."""
+    jax.config.update("jax_platforms", "cpu")  # compiles for TPUs too, and takes none
+    if topology.chip is None:
+        jax.config.update("jax_num_cpu_devices", topology.shape[0])
+        return jax.devices()
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"--compile-only {topology.name} needs the compiler for TPUs: install it with pip install 'minalm[tpu]'"
+        )
+    from jax.experimental import topologies
+
+    os.environ |= {  # ask nobody which chips this machine has, nor warn of it; other processes may use libtpu too
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v4-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    options = {"chip_config_name": topology.chip.configuration} if topology.chip.configuration else {}
+    try:
+        return topologies.get_topology_desc(topology.name, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"--compile-only {topology.name}: TPU's compiler refuses it ({error}): give one like {EXAMPLES}"
+        ) from error
 
 
 # --- what the mathematics needs -----------------------------------------------------------------------------------

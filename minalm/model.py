@@ -14,18 +14,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from minalm import layers
 from minalm.attention import SAVED, self_attention
-from minalm.sharding import TP_OR_WHOLE, gather, lookup, param, tp_share, tp_size, tp_sum
+from minalm.sharding import GATHERED, TP_OR_WHOLE, gather, lookup, param, tp_share, tp_size, tp_sum
 
 EVERYTHING = 2**30  # a window no sequence fills: full attention
+
+SUMMED = "summed"  # the name under which a policy finds sums over `tp`, which take messages to compute again
 
 REMAT_POLICIES = {  # what the backward pass of a block finds saved: products and attention, or the block's input alone
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
+        jax.checkpoint_policies.save_only_these_names(SAVED, SUMMED),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -206,6 +209,9 @@ class Block(eqx.Module):
             projected = layers.project(value, weight)
             return projected if bias is None else projected + tp_share(bias.reshape(heads, -1))
 
+        def summed(value):
+            return checkpoint_name(tp_sum(value), SUMMED)
+
         def rotate(value, weight):
             if weight is not None:
                 value = head_norm(value, weight, config)
@@ -222,12 +228,12 @@ class Block(eqx.Module):
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
             mixed = layers.attend(q, cache.k, cache.v, positions, varying.window, *scoring)
-        x = x + norm(tp_sum(layers.project(mixed, attention.o, inner=2)), weights.attention_post_norm)
+        x = x + norm(summed(layers.project(mixed, attention.o, inner=2)), weights.attention_post_norm)
 
         normed = norm(x, weights.mlp_norm)
         activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
         gated = activation(layers.project(normed, weights.mlp.gate)) * layers.project(normed, weights.mlp.up)
-        x = x + norm(tp_sum(layers.project(gated, weights.mlp.down)), weights.mlp_post_norm)
+        x = x + norm(summed(layers.project(gated, weights.mlp.down)), weights.mlp_post_norm)
         return x, cache
 
 
@@ -310,15 +316,20 @@ class Transformer(eqx.Module):
         def body(last, x):
             return last(x, self.config, positions, varying)[0]
 
-        return self.final_norm(checkpointed(body, remat)(self.last, x))
+        # Its backward pass runs once for each loss (gradmag.py): the weights are not gathered anew for each.
+        return self.final_norm(checkpointed(body, remat, (GATHERED,))(self.last, x))
 
     def final_norm(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
         return layers.rms_norm(x, self.norm, self.config.norm_eps, self.config.norm_plus_one)
 
 
-def checkpointed(body: Callable, remat: Remat) -> Callable:
-    """A block's function, of which the backward pass finds saved what `remat` says."""
-    return body if remat == "none" else jax.checkpoint(body, policy=REMAT_POLICIES[remat])
+def checkpointed(body: Callable, remat: Remat, also: tuple[str, ...] = ()) -> Callable:
+    """A block's function, of which the backward pass finds saved what `remat` says, and what has one of these names."""
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return body
+    policy = policies.save_from_both_policies(REMAT_POLICIES[remat], policies.save_only_these_names(*also))
+    return jax.checkpoint(body, policy=policy)
 
 
 def pick(

@@ -18,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -27,6 +28,7 @@ from minalm.text import InputError
 
 ROWS = P("fsdp")  # the layout of every array of a batch
 REPLICATED = P()
+GATHERED = "gathered"  # the name under which a rematerialisation policy finds what `gather` gives
 TP_OR_WHOLE = "tp or whole"  # of key and value heads: divided over tp; or, where tp is a multiple of them, not at all
 
 
@@ -201,7 +203,7 @@ def gather(module: PyTree, dtype: jnp.dtype) -> PyTree:
         for axis, name in enumerate(spec):
             if name == "fsdp":
                 leaf = _all_gather(leaf, axis)
-        return leaf
+        return checkpoint_name(leaf, GATHERED)
 
     return jax.tree.map(whole, module, _layouts(module))
 

@@ -1,6 +1,7 @@
 """Settings of every test: eight virtual CPU devices, strict dtype promotion, shape checks by jaxtyping and beartype.
 
-What XLA has compiled is kept in a folder until the tests end, so that equal programs are compiled once.
+What XLA has compiled is kept in a folder until the tests end, so that equal programs are compiled once, by whichever of
+the processes that share the tests (pytest-xdist) comes first.
 """
 
 import atexit
@@ -15,8 +16,9 @@ import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-compiled = tempfile.mkdtemp(prefix="minalm-tests-")
-atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", compiled)
+if "MINALM_TEST_COMPILED" not in os.environ:  # the first process, whose environment the others get
+    os.environ["MINALM_TEST_COMPILED"] = tempfile.mkdtemp(prefix="minalm-tests-")
+    atexit.register(shutil.rmtree, os.environ["MINALM_TEST_COMPILED"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["MINALM_TEST_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -498,7 +498,7 @@ def test_an_estimate_of_a_step(monkeypatch, capsys):
     """A small run on the 8 devices of these tests, which are said to be chips; then chips that are too small for it."""
     topology = cost.Topology("v4:2x2x2", cost.CHIPS["v4"], (2, 2, 2))
     shown = []
-    monkeypatch.setattr(train, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(cost, "topology_devices", lambda topology: jax.devices())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "show_estimate", shown.append)
         mesh = ["--mesh.fsdp", "8", "--mesh.tp", "1", "--remat", "dots"]
@@ -539,7 +539,7 @@ def test_a_compiler_that_runs_out_of_memory_is_one_sentence(monkeypatch, capsys)
                 "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 41.52G of 31.75G hbm."
             )
 
-    monkeypatch.setattr(train, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(cost, "topology_devices", lambda topology: jax.devices())
     monkeypatch.setattr(jax.stages.Traced, "lower", lambda self: Lowered())
     found = refused(capsys, "quickstart", *SMALL, "--compile-only", "v4:2x2x2", "--mesh.fsdp", "8", "--mesh.tp", "1")
     assert "the run does not fit v4:2x2x2 as 8x1: a chip would need 41.52 GiB and has 32 GiB: use more chips" in found
@@ -550,7 +550,7 @@ def test_bad_requests_are_one_sentence(monkeypatch, capsys, tmp_path):
     assert "v4:9 is no topology" in refused(capsys, "quickstart", "--compile-only", "v4:9")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'minalm[tpu]'" in refused(capsys, "quickstart", "--compile-only", "v4:2x2x4")
-    monkeypatch.setattr(train, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(cost, "topology_devices", lambda topology: jax.devices())
     words = ["gemma2-2b-it-byte", "--compile-only", "v4:2x2x2", "--mesh.fsdp", "4", "--mesh.tp", "2"]
     assert "without org/name the shapes" in refused(capsys, *words, "--teacher", "org/name")
     assert "name the folder" in refused(capsys, *words, "--student-tokenizer", "other")

@@ -420,7 +420,7 @@ def test_settings_of_every_kind_are_read_again(tmp_path, scaling):
         lambda text: text.replace("steps: 4\n", ""),
         lambda text: text.replace("steps: 4\n", "steps: many\n"),
         lambda text: text.replace("steps: 4\n", "steps: true\n"),
-        lambda text: text.replace("remat: none", "remat: all"),
+        lambda text: text.replace("remat: dots", "remat: all"),
         lambda text: text.replace("mesh:\n", "mesh: 1\nother:\n"),
         lambda text: text.replace("chunks: merged", "chunk: merged"),
         lambda text: text.replace("seed: 0", "seed: !!python/object/apply:os.getcwd []"),
