@@ -45,7 +45,7 @@ class Case:
     fsdp: int = 1
     tp: int = 1
     accumulation: int = 1
-    remat: str = "none"
+    remat: str = "dots"
     steps: int = 5
 
 
@@ -73,7 +73,7 @@ def measure(case: Case) -> dict[str, float]:
         student_length=case.student_length,
         teacher_length=case.teacher_length,
         piece_bytes=case.student_length,
-        losses=LossConfig(sft=1.0, alm=1.0, latents=1.0, balance=os.environ.get("BAL", "gradmag")),
+        losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
         compute_dtype=case.dtype,
         accumulation=case.accumulation,
         remat=case.remat,
