@@ -491,11 +491,12 @@ def gradients(
         teacher = read_teacher(batch)
     elif config.losses.needs_teacher:
         teacher = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(read_teacher, split(batch)))
-    # The compiler must not begin with the student before the teacher's logits are gone from memory.
     stats, states = teacher
     if stats is not None:
-        after = jnp.isnan(jnp.sum(stats.logp)).astype(jnp.int32)
-        batch = eqx.tree_at(lambda batch: batch.student.inputs, batch, batch.student.inputs + after)
+        # The student's inputs wait for the teacher, whose logits are then gone from memory. A number of the teacher's is
+        # added to them that is 0 unless all is lost; an optimization_barrier does not bind the compiler for CPUs.
+        waited_for = jnp.isnan(jnp.sum(stats.logp)).astype(jnp.int32)
+        batch = eqx.tree_at(lambda batch: batch.student.inputs, batch, batch.student.inputs + waited_for)
     whole = losses.whole_batch(config.losses, batch, stats, None if states is None else states.swapaxes(0, 1))
     if config.accumulation == 1:
         part = batch, teacher
