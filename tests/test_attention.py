@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType
+from programs import equations
 
 from minalm import attention, families, layers
 from minalm.attention import in_form, kernel_block, kernel_flops, self_attention
@@ -201,21 +201,6 @@ def test_bfloat16_differs_by_its_rounding(form):
 
 
 # --- what the programs hold and compute ---------------------------------------------------------------------------
-
-
-def equations(jaxpr: Jaxpr):
-    """All equations of a program, those of every program inside it included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        waiting = list(equation.params.values())
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, (list, tuple)):
-                waiting += value
-            elif isinstance(value, ClosedJaxpr):
-                yield from equations(value.jaxpr)
-            elif isinstance(value, Jaxpr):
-                yield from equations(value)
 
 
 def largest(attend, time: int) -> int:

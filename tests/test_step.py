@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
+from programs import equations
 
 import train
 from minalm import families, head, sharding
@@ -277,21 +278,6 @@ def test_fixed_weights_give_the_gradient_of_the_weighted_sum(monkeypatch, anothe
 
 
 # --- what the step computes, read from its program ----------------------------------------------------------------
-
-
-def equations(jaxpr: Jaxpr):
-    """All equations of a program, those of every program inside it included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        waiting = list(equation.params.values())
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, (list, tuple)):
-                waiting += value
-            elif isinstance(value, ClosedJaxpr):
-                yield from equations(value.jaxpr)
-            elif isinstance(value, Jaxpr):
-                yield from equations(value)
 
 
 def program(config: train.Config, trained, fixed, mesh=(1, 1)) -> Jaxpr:
