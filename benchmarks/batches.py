@@ -24,10 +24,11 @@ from tokenizers import Tokenizer
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 from real_tokenizers import real_tokenizer
 
-from minalm.data import Side, make_batch
-from minalm.ngrams import longest_suffix
-from minalm.text import Control, Piece, Segment
-from minalm.vocab import byte_vocabulary, load_vocabulary, with_control
+from minalm.batches import Side, make_batch
+from minalm.text.documents import Piece, Segment, Special
+from minalm.tokenization.suffixes import longest_suffix
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.vocabulary import byte_vocabulary, with_special_tokens
 
 ROWS = 32
 PAIRS = {  # teacher, student, lengths of student and teacher
@@ -70,9 +71,9 @@ def chats(number: int) -> list[list[Piece]]:
         start = draw.randrange(len(kind) - size)
         text = kind[start : start + size].decode(errors="ignore")
         middle = draw.randint(len(text) // 4, len(text) // 2)
-        parts: list[str | Control] = [Control("bos")]
+        parts: list[str | Special] = [Special("bos")]
         for role, turn in (("user", text[:middle]), ("assistant", text[middle:])):
-            parts += [Control("header_open"), Control(role), Control("header_close"), turn, Control("end_of_turn")]
+            parts += [Special("header_open"), Special(role), Special("header_close"), turn, Special("end_of_turn")]
         return tuple(Segment(part) for part in parts)
 
     return [[chat(kinds[row % 3]) for row in range(ROWS)] for _ in range(number)]
@@ -98,10 +99,10 @@ def main() -> None:
             teacher = load_vocabulary(paths[teacher_name])
             if student_name is None:
                 student = byte_vocabulary(teacher)
-                ngrams = longest_suffix(teacher, student)
+                suffixes = longest_suffix(teacher, student)
             else:
-                student, ngrams = with_control(load_vocabulary(paths[student_name]), teacher), None
-            sides = Side(student, ngrams, student_length), Side(teacher, None, teacher_length)
+                student, suffixes = with_special_tokens(load_vocabulary(paths[student_name]), teacher), None
+            sides = Side(student, suffixes, student_length), Side(teacher, None, teacher_length)
             make_batch([], *sides)
             setup.append(time.perf_counter() - start)
 
@@ -113,9 +114,9 @@ def main() -> None:
                 alone.encode_batch_fast(texts, add_special_tokens=False)
                 library.append(time.perf_counter() - start)
                 start = time.perf_counter()
-                batch, dropped = make_batch(pieces, *sides)
+                batch = make_batch(pieces, *sides)
                 ours.append(time.perf_counter() - start)
-                left_out += dropped.sum()
+                left_out += batch.left_out.sum()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
         best, fastest = min(ours), min(library)
         middle, usual = statistics.median(ours), statistics.median(library)

@@ -51,34 +51,31 @@ class Case:
 
 def measure(case: Case) -> dict[str, float]:
     """Seconds, bytes and FLOPs of one case, in this process."""
-    import equinox as eqx
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     import train
-    from minalm import cost, data, head
-    from minalm.losses import LossConfig
-    from minalm.model import ModelConfig, initialize
-    from minalm.ngrams import longest_suffix
-    from minalm.sharding import make_mesh, place, place_rows
-    from minalm.stdlib_text import stdlib_documents
-    from minalm.text import text_corpus
-    from minalm.vocab import byte_vocabulary, load_vocabulary
+    from minalm import batches as batching
+    from minalm.distill.losses import LossConfig
+    from minalm.huggingface.folder import GenerationConfig
+    from minalm.models.config import ModelConfig
+    from minalm.models.head import VocabularyMask
+    from minalm.models.transformer import initialize
+    from minalm.parallel.mesh import make_mesh, shard_rows
+    from minalm.presets import TEACHER
+    from minalm.run import estimate
+    from minalm.run.compute import ComputeConfig
+    from minalm.run.optimizer import OptimizerConfig, make_optimizer
+    from minalm.run.setup import LoadedModel, Models, StudentConfig, trained_parameters
+    from minalm.text.corpus import text_corpus
+    from minalm.text.stdlib import stdlib_documents
+    from minalm.tokenization.suffixes import longest_suffix
+    from minalm.tokenization.tokenizer_json import load_vocabulary
+    from minalm.tokenization.vocabulary import byte_vocabulary
 
-    config = train.Config(
-        out=Path("unused"),
-        steps=10_000,
-        batch_size=case.batch,
-        student_length=case.student_length,
-        teacher_length=case.teacher_length,
-        piece_bytes=case.student_length,
-        losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
-        compute_dtype=case.dtype,
-        accumulation=case.accumulation,
-        remat=case.remat,
-        mesh=train.MeshConfig(case.fsdp, case.tp),
-    )
+    losses = LossConfig(sft=1.0, alm=1.0, latents=1.0)
+    compute = ComputeConfig(case.dtype, case.accumulation, case.remat)
     shape = ModelConfig(
         vocab_size=case.vocabulary,
         embed=256,
@@ -98,50 +95,45 @@ def measure(case: Case) -> dict[str, float]:
     student_shape = dataclasses.replace(shape, vocab_size=320, tied=False, expansion_size=case.vocabulary)
     mesh = make_mesh(case.fsdp, case.tp)
     student, teacher = (initialize(c, jax.random.key(i)) for i, c in enumerate((student_shape, shape)))
-    trained = eqx.tree_at(lambda m: m.expansion, jax.tree.map(lambda _: True, student), False)
-    student, frozen = eqx.partition(student, trained)
-    dtype = jnp.dtype(case.dtype)
 
-    def entries(rows):
-        return head.Entries(np.ones(rows, bool), np.arange(rows) % 3 == 0)
+    def loaded(model):
+        rows = model.config.vocab_size
+        mask = VocabularyMask(np.ones(rows, bool), np.arange(rows) % 3 == 0)
+        return LoadedModel(model, None, None, mask)
 
-    fixed = train.Fixed(
-        place(frozen, mesh, dtype),
-        place(teacher, mesh, dtype),
-        place(entries(320), mesh),
-        place(entries(case.vocabulary), mesh),
-    )
-    del teacher, frozen
-    tokens = load_vocabulary(train.HERE / "quickstart_teacher")
+    trained = trained_parameters(StudentConfig(), student)
+    models = Models(loaded(student), loaded(teacher), trained, GenerationConfig())
+    optimizer = make_optimizer(OptimizerConfig(steps=10_000))
+    state, frozen = train.initial_state(models, mesh, optimizer, compute.dtype)
+    del student, teacher, models
+    tokens = load_vocabulary(TEACHER)
     in_bytes = byte_vocabulary(tokens)
     corpus = text_corpus(stdlib_documents("training", 0.05), case.student_length)
     sides = (
-        data.Side(in_bytes, longest_suffix(tokens, in_bytes), case.student_length),
-        data.Side(tokens, None, case.teacher_length),
+        batching.Side(in_bytes, longest_suffix(tokens, in_bytes), case.student_length),
+        batching.Side(tokens, None, case.teacher_length),
     )
     batches = [
-        place_rows(data.make_batch(corpus.batch(0, i, case.batch), *sides)[0], mesh) for i in range(max(case.steps, 1))
+        shard_rows(batching.make_batch(corpus.batch(0, i, case.batch), *sides), mesh) for i in range(max(case.steps, 1))
     ]
 
-    optimizer = train.make_optimizer(config)
-    state = train.initial_state(optimizer, place(student, mesh, jnp.float32), mesh)
-    step = jax.jit(functools.partial(train.train_step, config, optimizer, mesh), donate_argnums=0)
-    traced = step.trace(state, fixed, batches[0])
+    step = jax.jit(functools.partial(train.train_step, losses, compute, optimizer, mesh), donate_argnums=0)
+    traced = step.trace(state, frozen, batches[0])
     began = time.monotonic()
     compiled = traced.lower().compile()
     found = {
         "compile": time.monotonic() - began,
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
-        "flops": cost.product_flops(traced.jaxpr.jaxpr, "cpu") * case.fsdp * case.tp,
-        "model_flops": cost.model_flops(student_shape, shape, case.batch, case.student_length, case.teacher_length),
+        "flops": estimate.product_flops(traced.jaxpr.jaxpr, "cpu") * case.fsdp * case.tp,
+        "model_flops": estimate.model_flops(student_shape, shape, case.batch, case.student_length, case.teacher_length),
     }
     if case.steps:
-        state, metrics = compiled(state, fixed, batches[0])
+        state, metrics = compiled(state, frozen, batches[0])
         jax.block_until_ready(metrics)
         seconds = []
         for batch in batches:
             began = time.monotonic()
-            state, metrics = compiled(state, fixed, batch)
+            state, metrics = compiled(state, frozen, batch)
             jax.block_until_ready((state, metrics))
             seconds.append(time.monotonic() - began)
         assert np.isfinite([float(value) for value in metrics.values()]).all()

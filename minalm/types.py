@@ -15,7 +15,7 @@ class Tokens(eqx.Module):
     inputs: Int[Array | ndarray, "batch time"]
     targets: Int[Array | ndarray, "batch time"]
     weight: Float[Array | ndarray, "batch time"]  # 1 where the target counts for next-token prediction, else 0
-    ngram: (
+    suffix: (
         Int[Array | ndarray, "batch time"] | None
     )  # longest original subword ending at inputs[:, t]; None: no expansion
 
@@ -23,18 +23,18 @@ class Tokens(eqx.Module):
 class AlignedChunks(eqx.Module):
     """Where two tokenizations of the same text end at the same byte. Unused chunk columns hold -1.
 
-    `*_chunk[:, t]` is the chunk of *target* t (-1: in no chunk). `*_close` is the position whose next-token
+    `*_chunk[:, t]` is the chunk of *target* t (-1: in no chunk). `*_chunk_end` is the position whose next-token
     distribution follows the chunk's last token, that is (index of the last target) + 1; a chunk made of the very
-    first token alone (bos) has close 0 and no target.
+    first token alone (bos) has chunk_end 0 and no target.
     """
 
     student_chunk: Int[Array | ndarray, "batch student_time"]
     teacher_chunk: Int[Array | ndarray, "batch teacher_time"]
-    student_close: Int[Array | ndarray, "batch chunk"]
-    teacher_close: Int[Array | ndarray, "batch chunk"]
-    # A chunk of the `space` chunking may end here: a control part, or on both sides the next token starts with a space.
+    student_chunk_end: Int[Array | ndarray, "batch chunk"]
+    teacher_chunk_end: Int[Array | ndarray, "batch chunk"]
+    # A chunk of the `space` chunking may end here: a special part, or on both sides the next token starts with a space.
     before_space: Bool[Array | ndarray, "batch chunk"]
-    text_bytes: Int[Array | ndarray, "batch chunk"]  # UTF-8 bytes of text in the chunk; 0: a control part, or unused
+    text_bytes: Int[Array | ndarray, "batch chunk"]  # UTF-8 bytes of text in the chunk; 0: a special part, or unused
 
 
 class Batch(eqx.Module):
@@ -43,6 +43,7 @@ class Batch(eqx.Module):
     student: Tokens
     teacher: Tokens | None
     chunks: AlignedChunks
+    left_out: Bool[Array | ndarray, " batch"]  # rows whose text the two tokenizers do not spell alike: without weight
 
 
 class TokenStats(eqx.Module):
@@ -50,3 +51,10 @@ class TokenStats(eqx.Module):
 
     logp: Float32[Array, "batch time"]  # log p(targets[:, t] | inputs[:, :t+1]), natural logarithm
     boundary: Float32[Array, "batch time"]  # log of the probability that a boundary entry comes next
+
+
+class ModelOutput(eqx.Module):
+    """All that a loss may know of a model: token statistics and, where they are compared, hidden states."""
+
+    stats: TokenStats
+    states: Float[Array, "batch depth chunk embed"] | None  # at the ends of chunks; None: not asked for

@@ -9,10 +9,14 @@ import os
 import shutil
 import tempfile
 
+PLATFORM = os.environ.get("MINALM_TEST_PLATFORM", "cpu")  # "cuda": on one GPU, see benchmarks/gpu.sh
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = PLATFORM
 
 import jax
+import pytest
+
+from minalm.errors import InputError
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -22,3 +26,16 @@ if "MINALM_TEST_COMPILED" not in os.environ:  # the first process, whose environ
 jax.config.update("jax_compilation_cache_dir", os.environ["MINALM_TEST_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+if PLATFORM != "cpu":  # a GPU multiplies float32 in fewer bits by default
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """On one GPU, tests that need several devices are skipped."""
+    try:
+        return (yield)
+    except InputError as error:
+        if PLATFORM != "cpu" and "devices but there" in str(error):
+            pytest.skip(str(error))
+        raise

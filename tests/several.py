@@ -1,7 +1,8 @@
-"""What each of several processes runs for test_multihost.py; see `runs` and `gradients`.
+"""What each of several processes runs for test_multihost.py; see `runs`, `gradients` and `restore`.
 
 python several.py runs JOBS      # a JSON file: for each process a list of command lines of train.py
 python several.py gradients OUT  # a folder
+python several.py restore OUT    # a folder
 """
 
 import functools
@@ -17,10 +18,16 @@ with install_import_hook("minalm", "beartype.beartype"):
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from minalm import data, families, processes, sharding
-from minalm.model import ModelConfig
-from minalm.sharding import P
+from minalm import batches
+from minalm.errors import InputError
+from minalm.evaluation import samples
+from minalm.models import transformer
+from minalm.models.config import ModelConfig
+from minalm.parallel import distributed
+from minalm.parallel.mesh import ROWS, P, local_rows, make_mesh, shard, shard_map, shard_rows, specs
+from minalm.run import checkpoint, setup
 
 MESHES = ((8, 1), (4, 2), (2, 4))
 
@@ -39,24 +46,24 @@ def runs(jobs: Path) -> None:
     import test_train
 
     train.PRESETS["tiny"] = ("", test_train.TINY)
-    make_batch, generate = data.make_batch, train.generate
+    make_batch = batches.make_batch
 
     def recorded(pieces, student, teacher):
         texts = ["".join(part.content for part in piece if isinstance(part.content, str)) for piece in pieces]
         note(jobs.parent, texts=texts)
         return make_batch(pieces, student, teacher)
 
-    data.make_batch = recorded
-    train.generate = lambda *arguments, new_tokens, **others: generate(*arguments, new_tokens=6, **others)
-    processes.join()
+    setup.make_batch = recorded
+    samples.NEW_TOKENS = 6
+    distributed.join()
     *others, last = json.loads(jobs.read_text())[jax.process_index()]
     for words in others:
         try:
             if words:
                 train.cli(words)
             else:
-                with train.one_sentence():
-                    raise train.InputError("all find the same")
+                with distributed.exit_on_input_error():
+                    raise InputError("all find the same")
             note(jobs.parent, ended=0)
         except SystemExit as end:
             note(jobs.parent, ended=end.code)
@@ -66,7 +73,9 @@ def runs(jobs: Path) -> None:
 def parameters(config: ModelConfig, seed: int):
     """As test_step.parameters, but drawn by numpy: in a tenth of the time, and on the host."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: random.normal(0.0, 0.3, leaf.shape).astype(np.float32), families.abstract(config))
+    return jax.tree.map(
+        lambda leaf: random.normal(0.0, 0.3, leaf.shape).astype(np.float32), transformer.abstract(config)
+    )
 
 
 def held_here(array: jax.Array) -> np.ndarray:
@@ -84,35 +93,51 @@ def gradients(out: Path) -> None:
     import test_step
 
     test_step.parameters = parameters
-    processes.join()
-    trained, fixed = test_step.models()
+    distributed.join()
+    config, (trained, fixed) = test_step.settings(), test_step.models()
     for fsdp, tp in MESHES:
-        mesh = sharding.make_mesh(fsdp, tp)
-        rows = sharding.local_rows(mesh, test_step.ROWS_OF_BATCH)
-        batch = sharding.place_rows(jax.tree.map(lambda leaf: leaf[rows], test_step.BATCH), mesh)
-        layout = sharding.specs(trained, mesh)
-        mapped = sharding.on_mesh(
-            functools.partial(train.gradients, test_step.settings()),
+        mesh = make_mesh(fsdp, tp)
+        rows = local_rows(mesh, test_step.ROWS_OF_BATCH)
+        batch = shard_rows(jax.tree.map(lambda leaf: leaf[rows], test_step.BATCH), mesh)
+        layout = specs(trained, mesh)
+        mapped = shard_map(
+            functools.partial(train.gradients, config.losses, config.compute),
             mesh=mesh,
-            in_specs=(layout, sharding.specs(fixed, mesh), sharding.ROWS),
+            in_specs=(layout, specs(fixed, mesh), ROWS),
             out_specs=(layout, P()),
         )
-        placed = sharding.place(trained, mesh), sharding.place(fixed, mesh), batch
+        placed = shard(trained, mesh), shard(fixed, mesh), batch
         with jax.default_matmul_precision("highest"):
             grad, metrics = jax.jit(mapped, compiler_options=test_step.QUICK)(*placed)
-        held = {name: held_here(leaf) for name, leaf in (families.leaves(grad) | metrics).items()}
+        held = {name: held_here(leaf) for name, leaf in (transformer.leaves(grad) | metrics).items()}
         np.savez(out / f"{fsdp}x{tp} {jax.process_index()}.npz", **held)
 
     # Rows on several processes, and processes with several parts of the rows.
-    marked = np.arange(test_step.ROWS_OF_BATCH) % 5 == 1
     for fsdp, tp in ((8, 1), (2, 4), (1, 8)):
-        mesh = sharding.make_mesh(fsdp, tp)
-        rows = sharding.local_rows(mesh, test_step.ROWS_OF_BATCH)
-        placed = sharding.place_rows(np.arange(test_step.ROWS_OF_BATCH)[rows], mesh)
+        mesh = make_mesh(fsdp, tp)
+        rows = local_rows(mesh, test_step.ROWS_OF_BATCH)
+        placed = shard_rows(np.arange(test_step.ROWS_OF_BATCH)[rows], mesh)
         shards = [[shard.index[0].start or 0, *shard.data.tolist()] for shard in placed.addressable_shards]
-        count = int(sharding.count_rows(marked[rows], mesh))
-        note(out, fsdp=fsdp, rows=rows, shards=shards, count=count)
+        note(out, fsdp=fsdp, rows=rows, shards=shards)
+
+
+def restore(out: Path) -> None:
+    """A checkpoint of both processes, which the second finds damaged as it goes on."""
+    distributed.join()
+    mesh = make_mesh(8, 1)
+    state = {"student": {"x": jax.device_put(np.arange(16.0, dtype=np.float32), NamedSharding(mesh, P("fsdp")))}}
+    for name in ("whole", "damaged"):
+        checkpoint.save(out / name, 1, state)
+    with distributed.barrier():
+        if jax.process_index() == 0:
+            for part in (out / "damaged" / "1").rglob("*"):
+                if part.is_file():
+                    part.write_bytes(b"")
+    found = checkpoint.restore(out / "whole", state)["student"]["x"]
+    assert all((np.asarray(shard.data) == np.arange(16.0)[shard.index]).all() for shard in found.addressable_shards)
+    with distributed.exit_on_input_error(), distributed.barrier():
+        checkpoint.restore(out / ("damaged" if jax.process_index() else "whole"), state)
 
 
 if __name__ == "__main__":
-    {"runs": runs, "gradients": gradients}[sys.argv[1]](Path(sys.argv[2]))
+    {"runs": runs, "gradients": gradients, "restore": restore}[sys.argv[1]](Path(sys.argv[2]))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary
 
 LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
 GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
@@ -65,10 +66,10 @@ CHATS = {
 
 
 def save(
-    folder: Path, tokenizer: Tokenizer, control: Sequence[str], ordinary: Sequence[str] = (), **config: object
+    folder: Path, tokenizer: Tokenizer, special: Sequence[str], ordinary: Sequence[str] = (), **config: object
 ) -> Path:
     tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ordinary])
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in control])
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -135,8 +136,8 @@ def make(kind: str, folder: Path, template: str | None = None) -> Vocabulary:
         if kind != "tinyllama":
             tokenizer.normalizer = None
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        control = MISTRAL if kind == "mistral3" else MISTRAL[:2]
-        path = save(folder, tokenizer, control, bos_token="<s>", eos_token="</s>", add_bos_token=True)
+        special = MISTRAL if kind == "mistral3" else MISTRAL[:2]
+        path = save(folder, tokenizer, special, bos_token="<s>", eos_token="</s>", add_bos_token=True)
     elif kind == "tekken":
         path = save(folder, byte_level(), [*MISTRAL, "<pad>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     elif kind in ("olmo2", "olmo3"):

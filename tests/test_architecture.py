@@ -10,38 +10,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {path.stem: path for path in (ROOT / "minalm").glob("*.py") if path.stem != "__init__"}
-
-# What each module may import from this package.
-IMPORTS = {
-    "text": set(),
-    "stdlib_text": {"text"},
-    "chat": {"text"},
-    "vocab": {"chat", "text"},
-    "align": {"vocab"},
-    "ngrams": {"text", "vocab"},
-    "transfer": {"text", "vocab"},
-    "types": set(),
-    "data": {"text", "vocab", "align", "ngrams", "types"},
-    "sharding": {"text"},
-    "layers": set(),
-    "attention": {"layers", "sharding"},
-    "model": {"attention", "layers", "sharding"},
-    "head": {"layers", "sharding", "types"},
-    "losses": {"sharding", "text", "types"},
-    "gradmag": {"losses", "sharding"},
-    "evaluate": {"head", "losses", "model", "sharding", "text", "types"},
-    "generate": {"head", "model", "sharding"},
-    "families": {"model", "text"},
-    "hf": {"families", "model", "text"},
-    "student": {"chat", "families", "hf", "model", "ngrams", "text", "transfer", "vocab"},
-    "modeling_minalm": set(),  # no part of the package: copied into folders, where transformers runs it
-    "checkpoint": {"text"},
-    "cost": {"model", "sharding", "text"},
-    "processes": {"text"},
-    "report": {"cost", "types", "vocab"},
+PACKAGE = ROOT / "minalm"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
 }
-HOST = ("text", "stdlib_text", "chat", "vocab", "align", "ngrams", "transfer")  # numpy only
+
+# Folders, and modules outside of any, in layers. A module imports from the layers before its own and from its own folder,
+# never from another folder of its layer.
+LAYERS = (
+    ("errors", "types"),
+    ("text", "parallel"),
+    ("tokenization",),
+    ("batches", "models"),
+    ("distill", "huggingface"),
+    ("evaluation",),
+    ("run",),
+    ("presets",),
+)
+HOST = ("errors", "text", "tokenization")  # numpy only
+COPIED = "huggingface.modeling_minalm"  # no part of the package: copied into folders, where transformers runs it
 
 
 def parsed(path: Path) -> ast.Module:
@@ -61,25 +50,36 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def own(names: set[str]) -> set[str]:
-    parts = [name.split(".") for name in names]
-    return {part[1] for part in parts if part[0] == "minalm" and len(part) > 1}
+    """The modules of this package among dotted names."""
+    found = {name.removeprefix("minalm.") for name in names if name.startswith("minalm.")}
+    return {name for name in found if name in MODULES}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
 def test_every_module_has_its_place():
-    assert IMPORTS.keys() == MODULES.keys()
+    assert {room(module) for module in MODULES} <= {name for layer in LAYERS for name in layer}
 
 
-@pytest.mark.parametrize("module", IMPORTS)
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way(module):
+    layer = next(number for number, names in enumerate(LAYERS) if room(module) in names)
+    allowed = {name for names in LAYERS[:layer] for name in names} | {room(module)}
     found = own(imported(parsed(MODULES[module])))
-    assert found <= IMPORTS[module]
+    assert {room(name) for name in found} <= allowed
+    assert not (module == COPIED and found)
 
 
-def test_the_order_has_no_circles():
+@pytest.mark.parametrize("folder", sorted({room(module) for module in MODULES}))
+def test_a_folder_has_no_circles(folder):
+    needs = {m: own(imported(parsed(MODULES[m]))) & MODULES.keys() for m in MODULES if room(m) == folder}
+    needs = {module: {name for name in names if room(name) == folder} for module, names in needs.items()}
     done: set[str] = set()
-    while len(done) < len(IMPORTS):
-        ready = {module for module, needs in IMPORTS.items() if needs <= done} - done
-        assert ready, f"a circle among {IMPORTS.keys() - done}"
+    while len(done) < len(needs):
+        ready = {module for module, names in needs.items() if names <= done} - done
+        assert ready, f"a circle among {needs.keys() - done}"
         done |= ready
 
 
@@ -90,7 +90,8 @@ def test_nothing_imports_the_programs():
 
 
 def test_host_modules_do_not_load_jax():
-    code = f"import sys; import {', '.join(f'minalm.{module}' for module in HOST)}; print(*sys.modules)"
+    modules = [module for module in MODULES if room(module) in HOST]
+    code = f"import sys; import {', '.join(f'minalm.{module}' for module in modules)}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
@@ -120,18 +121,17 @@ def test_only_what_is_declared_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in project["dependencies"]}
     declared = {{"pyyaml": "yaml", "orbax_checkpoint": "orbax"}.get(name, name) for name in declared}
-    package = [path for module, path in MODULES.items() if module != "modeling_minalm"]
+    package = [path for module, path in MODULES.items() if module != COPIED]
     for path in (*package, ROOT / "train.py", ROOT / "convert.py"):
         tops = {name.split(".")[0] for name in imported(parsed(path))}
-        known = {"minalm"} | ({"train"} if path.stem == "convert" else set())
-        assert tops - sys.stdlib_module_names - known <= declared, path
+        assert tops - sys.stdlib_module_names - {"minalm"} <= declared, path
 
 
 def test_collectives_are_in_one_file():
     collectives = {"psum", "pmax", "all_gather", "all_to_all", "psum_scatter", "axis_index", "ppermute", "pmean"}
     for module, path in MODULES.items():
         used = {node.attr for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)}
-        assert module == "sharding" or not used & collectives, path
+        assert module == "parallel.collectives" or not used & collectives, path
 
 
 def public_functions(tree: ast.Module) -> list[ast.FunctionDef]:
@@ -146,7 +146,7 @@ def test_public_functions_are_described_and_annotated(module):
         arguments = function.args
         assert ast.get_docstring(function), f"{module}.{function.name} has no docstring"
         assert all(a.annotation for a in (*arguments.args, *arguments.kwonlyargs)), f"{module}.{function.name}"
-        if (module, function.name) != ("sharding", "param"):  # a field of any type, of any number of dimensions
+        if (module, function.name) != ("parallel.mesh", "param"):  # a field of any type, of any number of dimensions
             assert function.returns is not None, f"{module}.{function.name}"
             assert arguments.vararg is None and arguments.kwarg is None, f"{module}.{function.name}"
 

@@ -8,19 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import final_states, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.sharding import AxisType
 from programs import equations
 
-from minalm import attention, families, layers
-from minalm.attention import in_form, kernel_block, kernel_flops, self_attention
-from minalm.model import ModelConfig
-from minalm.sharding import P, make_mesh, on_mesh, rows_sum, specs
+from minalm.models import attention, layers, transformer
+from minalm.models.attention import kernel_block, kernel_flops, self_attention
+from minalm.models.config import ModelConfig
+from minalm.parallel.collectives import fsdp_sum
+from minalm.parallel.mesh import P, make_mesh, shard_map, specs
 
 SCALE, CAP = 0.4, 5.0
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(autouse=True)
+def cudnn(monkeypatch):
+    """cuDNN's form is tested though it is off."""
+    monkeypatch.setattr(attention, "USE_CUDNN", True)
 
 
 def plain(q, k, v, window, scale, cap, segments):
@@ -79,7 +87,7 @@ def assert_near(found, wanted, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("segmented", (False, True))
-@pytest.mark.parametrize("form", ("kernel_interpreted", "blocks", "by_platform"))
+@pytest.mark.parametrize("form", ("kernel_interpreted", "blocks", None))
 def test_every_form_on_a_mesh_is_the_plain_one(form, segmented):
     """Rows over `fsdp` and heads over `tp`; one window of a set, given as an array, so that the kernel switches."""
     *inputs, segments = arrays(2, 256, 4, 2, 16, segmented)
@@ -87,11 +95,13 @@ def test_every_form_on_a_mesh_is_the_plain_one(form, segmented):
 
     def on_device(q, k, v, out_grad, window, segments):
         attend = functools.partial(
-            in_form, window=window, windows=(100, None, 70), scale=SCALE, cap=CAP, segments=segments, form=form
+            self_attention, window=window, windows=(100, None, 70), scale=SCALE, cap=CAP, segments=segments, form=form
         )
         return with_gradients(attend, q, k, v, out_grad)
 
-    mapped = on_mesh(on_device, mesh=make_mesh(2, 2), in_specs=(heads, heads, heads, heads, P(), rows), out_specs=heads)
+    mapped = shard_map(
+        on_device, mesh=make_mesh(2, 2), in_specs=(heads, heads, heads, heads, P(), rows), out_specs=heads
+    )
     with jax.default_matmul_precision("highest"):
         found = jax.jit(mapped, compiler_options=QUICK)(*inputs, np.array(100, np.int32), segments)
     assert_near(found, expected(*inputs, segments, 100, CAP))
@@ -105,11 +115,17 @@ def test_heads_over_tp_may_share_keys(form):
 
     def on_device(q, k, v, out_grad, segments):
         attend = functools.partial(
-            in_form, window=np.array(40, np.int32), windows=(40,), scale=SCALE, cap=None, segments=segments, form=form
+            self_attention,
+            window=np.array(40, np.int32),
+            windows=(40,),
+            scale=SCALE,
+            cap=None,
+            segments=segments,
+            form=form,
         )
         return with_gradients(attend, q, k, v, out_grad)
 
-    mapped = on_mesh(
+    mapped = shard_map(
         on_device,
         mesh=make_mesh(2, 2),
         in_specs=(heads, rows, rows, heads, rows),
@@ -133,7 +149,7 @@ def test_windows_that_vary_under_a_scan_over_layers(form):
 
     sizes = np.array([2**30, 30, 200, 30], np.int32)
     with jax.default_matmul_precision("highest"):
-        found = through_layers(lambda q, k, v, window: in_form(q, k, v, window, windows, SCALE, CAP, None, form))
+        found = through_layers(lambda q, k, v, window: self_attention(q, k, v, window, windows, SCALE, CAP, None, form))
         wanted = through_layers(lambda q, k, v, window: plain(q, k, v, window, SCALE, CAP, None))
     assert_near(found, wanted)
 
@@ -191,7 +207,7 @@ def test_bfloat16_differs_by_its_rounding(form):
     *inputs, _ = arrays(1, 256, 4, 2, 16, False)
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
     attend = functools.partial(
-        in_form, window=np.array(90, np.int32), windows=(90,), scale=0.5, cap=CAP, segments=None, form=form
+        self_attention, window=np.array(90, np.int32), windows=(90,), scale=0.5, cap=CAP, segments=None, form=form
     )
     found = jax.jit(functools.partial(with_gradients, attend), compiler_options=QUICK)(*inputs)
     assert all(x.dtype == jnp.bfloat16 for x in found)
@@ -212,7 +228,9 @@ def largest(attend, time: int) -> int:
 
 def test_no_array_of_all_queries_and_keys():
     for time in (2048, 4096, 8192):
-        found = largest(lambda q, k, v: in_form(q, k, v, np.array(9, np.int32), (9,), SCALE, CAP, None, "blocks"), time)
+        found = largest(
+            lambda q, k, v: self_attention(q, k, v, np.array(9, np.int32), (9,), SCALE, CAP, None, "blocks"), time
+        )
         assert found == 2 * 128 * time  # scores of a block of queries of two heads against all keys
     positions = jnp.arange(2048)[None]
     found = largest(lambda q, k, v: layers.attend(q, k, v, positions, np.array(9, np.int32), SCALE, CAP), 2048)
@@ -224,7 +242,13 @@ def test_memory_grows_with_the_length():
 
     def temporary(time):
         attend = functools.partial(
-            in_form, window=np.array(9, np.int32), windows=(9,), scale=1.0, cap=None, segments=None, form="blocks"
+            self_attention,
+            window=np.array(9, np.int32),
+            windows=(9,),
+            scale=1.0,
+            cap=None,
+            segments=None,
+            form="blocks",
         )
         shape = jax.ShapeDtypeStruct((1, time, 1, 2), jnp.float32)
         program = jax.jit(functools.partial(with_gradients, attend), compiler_options=QUICK).lower(*[shape] * 4)
@@ -239,14 +263,14 @@ def forward_kernels(remat: str) -> int:
     config = ModelConfig(
         vocab_size=8, embed=4, mlp=4, layers=3, heads=2, kv_heads=1, head_dim=2, windows=(None, 2000, None)
     )
-    model = families.abstract(config)
+    model = transformer.abstract(config)
     ids = jnp.zeros((1, 128), jnp.int32)
 
     def gradient(model):
-        return jax.grad(lambda m: m.trunk(ids, None, None, jnp.dtype("float32"), remat)[0].sum(), allow_int=True)(model)
+        return jax.grad(lambda m: m.trunk(tokens_of(ids), jnp.dtype("float32"), remat).x.sum(), allow_int=True)(model)
 
     layout = specs(model, make_mesh(1, 1))
-    mapped = on_mesh(gradient, mesh=make_mesh(1, 1), in_specs=(layout,), out_specs=layout)
+    mapped = shard_map(gradient, mesh=make_mesh(1, 1), in_specs=(layout,), out_specs=layout)
     kernels = [e.params["name"] for e in equations(jax.make_jaxpr(mapped)(model).jaxpr) if "name" in e.params]
     assert sum("dkv" in name for name in kernels if isinstance(name, str)) == 1
     return sum("fwd" in name for name in kernels if isinstance(name, str))
@@ -275,7 +299,7 @@ def test_operations_of_the_kernel_are_those_of_the_blocks_it_visits(window):
     visited = mask.reshape(time // block, block, time // block, block).any(axis=(1, 3)).sum()
     product = 2 * block * block * 16 * 3 * 5 * visited  # of all rows and heads
     assert kernel_flops(5, time, 3, 16, window) == (2 * product, 5 * product)
-    kernel = attention._kernel(attention.Setting((time,), None, "by_platform"), time, 3, window or time)
+    kernel = attention._kernel(attention.Setting((time,), None, (), None), time, 3, window or time)
     for info in (kernel.fwd_mask_info, kernel.dkv_mask_info):
         assert np.count_nonzero(info.block_mask) == visited
 
@@ -331,22 +355,22 @@ def test_the_kernel_compiles_for_a_tpu(monkeypatch, time, heads, kv_heads, head_
     layout, rows = P("fsdp", None, "tp"), 16 // tp
     q, k = (array(layout, jnp.bfloat16, rows, time, count, head_dim) for count in (heads, kv_heads))
     segments = array(P("fsdp"), jnp.int32, rows, time) if segmented else None
-    mapped = on_mesh(on_device, mesh=mesh, in_specs=(layout,) * 4 + (P(), P("fsdp")), out_specs=layout)
+    mapped = shard_map(on_device, mesh=mesh, in_specs=(layout,) * 4 + (P(), P("fsdp")), out_specs=layout)
     program = jax.jit(mapped).lower(q, k, k, q, array(P(), jnp.int32), segments)
     kernels = len({time if size is None else min(size, time) for size in windows})
     assert kernel_calls(program) == {"fwd": kernels, "dkv": kernels}
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("remat, forward", (("dots", 3), ("full", 5)))
+@pytest.mark.parametrize("remat, forward", (("dots", 3), ("full", 7)))
 def test_a_model_compiles_for_a_tpu(monkeypatch, remat, forward):
-    """Scanned blocks of two windows have a kernel for each, the last block has one; only "full" runs those of the
-    scanned blocks again in the backward pass."""
+    """Scanned blocks of two windows have a kernel for each. The last block has one forward, and one for each window in its
+    backward pass, where its window is no constant. Only "full" runs forward kernels again."""
     mesh = tpu_mesh(monkeypatch, 4, 4)
     config = ModelConfig(
         vocab_size=64, embed=64, mlp=64, layers=4, heads=8, kv_heads=4, head_dim=64, windows=(100, None, 100, None)
     )
-    model = families.abstract(config)
+    model = transformer.abstract(config)
     layout = specs(model, mesh)
     arguments = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec)),
@@ -356,10 +380,72 @@ def test_a_model_compiles_for_a_tpu(monkeypatch, remat, forward):
 
     def gradient(model, ids):
         def loss(model):
-            x, _ = model.trunk(ids, None, None, jnp.dtype("bfloat16"), remat)
-            return rows_sum(jnp.sum(model.finish(x).astype(jnp.float32)))
+            states = final_states(model, ids, None, jnp.dtype("bfloat16"), remat)
+            return fsdp_sum(jnp.sum(states.astype(jnp.float32)))
 
         return jax.grad(loss)(model)
 
-    mapped = on_mesh(gradient, mesh=mesh, in_specs=(layout, P("fsdp")), out_specs=layout)
-    assert kernel_calls(jax.jit(mapped).lower(*arguments)) == {"fwd": forward, "dkv": 3}
+    mapped = shard_map(gradient, mesh=mesh, in_specs=(layout, P("fsdp")), out_specs=layout)
+    assert kernel_calls(jax.jit(mapped).lower(*arguments)) == {"fwd": forward, "dkv": 4}
+
+
+# --- cuDNN --------------------------------------------------------------------------------------------------------
+
+
+def with_cudnn(mesh, windows, head_dim=64):
+    """Output and gradients in bfloat16, traced for a mesh: function and abstract arguments."""
+
+    def on_device(q, k, v, out_grad):
+        attend = functools.partial(self_attention, window=np.array(100, np.int32), windows=windows, scale=0.1, cap=None)
+        return with_gradients(attend, q, k, v, out_grad)
+
+    heads = P("fsdp", None, "tp")
+    mapped = shard_map(on_device, mesh=mesh, in_specs=(heads,) * 4, out_specs=heads)
+    return mapped, [jax.ShapeDtypeStruct((2, 256, count, head_dim), jnp.bfloat16) for count in (4, 2, 2, 4)]
+
+
+@pytest.mark.parametrize("windows", ((100,), (100, None)))
+def test_cudnn_is_in_a_program_for_a_gpu(monkeypatch, windows):
+    """Lowered here, where neither a GPU nor cuDNN need be. The backward pass runs the forward pass again."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    mapped, arguments = with_cudnn(make_mesh(1, 1), windows)
+    traced = jax.jit(mapped).trace(*arguments)
+    on_gpu, on_cpu = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu"))
+    calls = {"fmhaSoftmax(": 2 * len(windows), "fmhaSoftmaxBackward(": len(windows)}
+    assert {name: on_gpu.count(f"@__cudnn${name}") for name in calls} == calls
+    assert "cudnn" not in on_cpu
+
+
+def test_without_cudnn_a_gpu_has_the_blocks(monkeypatch):
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", missing)
+    mapped, arguments = with_cudnn(make_mesh(1, 1), (100, None))
+    text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn" not in text and "while" in text
+
+
+def test_what_cudnn_takes(monkeypatch):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+    def takes(dtype, head_dim):
+        q, k = (jnp.zeros((2, 16, heads, head_dim), dtype) for heads in (4, 2))
+        return attention.cudnn_takes(q, k)
+
+    assert takes(jnp.bfloat16, 64) and takes(jnp.float16, 128)
+    assert not takes(jnp.float32, 64) and not takes(jnp.bfloat16, 12) and not takes(jnp.bfloat16, 512)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("windows", ((100,), (100, None)))
+def test_cudnn_differs_by_rounding_to_bfloat16(windows):
+    """As `test_bfloat16_differs_by_its_rounding`, on a GPU."""
+    *inputs, _ = arrays(2, 256, 4, 2, 64, False)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    mapped, _ = with_cudnn(make_mesh(1, 1), windows)
+    compiled = jax.jit(mapped).lower(*inputs).compile()
+    assert "fmha" in compiled.as_text()
+    wide = [x.astype(jnp.float32) for x in inputs]
+    wanted = with_gradients(lambda q, k, v: plain(q, k, v, 100, 0.1, None, None), *wide)
+    assert_near(compiled(*inputs), wanted, 2.0**-7)

@@ -13,12 +13,17 @@ from real_tokenizers import real_tokenizer
 from small_tokenizers import CHATML, CHATS, GEMMA, LLAMA, OLMO, byte_level, make, save, vocabulary
 from tokenizers import Tokenizer
 
-from minalm import families, student
-from minalm.align import align
-from minalm.chat import ChatTemplate, chat_parts, read_chat_template, render
-from minalm.model import ModelConfig
-from minalm.text import Control, InputError, Piece, Segment, read_corpus
-from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
+from minalm.errors import InputError
+from minalm.huggingface import folder as student
+from minalm.models import transformer
+from minalm.models.config import ModelConfig
+from minalm.text.corpus import read_corpus
+from minalm.text.documents import Piece, Segment, Special
+from minalm.tokenization import tokenizer_json
+from minalm.tokenization.align import align
+from minalm.tokenization.chat import ChatTemplate, chat_parts, read_chat_template, render
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
 
 ROLES = ("system", "user", "assistant")
 # What each family writes, by hand: before all; before each role's text and after it; after the assistant's last text.
@@ -99,8 +104,8 @@ def piece_of(messages: list[dict[str, str]], folder: Path) -> Piece:
 
 
 def units(stretches: list[tuple[str, bool]], ours: Vocabulary) -> list[bytes | str]:
-    """Control tokens as strings, and the bytes between them in one: a text holds no control token."""
-    tokens = "|".join(map(re.escape, sorted(ours.control, key=len, reverse=True)))
+    """Special tokens as strings, and the bytes between them in one: a text holds no special token."""
+    tokens = "|".join(map(re.escape, sorted(ours.special, key=len, reverse=True)))
     found: list[bytes | str] = [b""]
     for text, is_text in stretches:
         for number, word in enumerate([text] if is_text else re.split(f"({tokens})", text)):
@@ -114,8 +119,8 @@ def units(stretches: list[tuple[str, bool]], ours: Vocabulary) -> list[bytes | s
 def written(ours: Vocabulary, piece: Piece) -> list[bytes | str]:
     """What the ids of a chat spell, as `units` has it."""
     (encoding,) = ours.encode([piece])
-    assert encoding.spelled
-    words = {i: word for word, i in ours.control.items()}
+    assert encoding.round_trips
+    words = {i: word for word, i in ours.special.items()}
     found: list[bytes | str] = [b""]
     for i in encoding.ids.tolist():
         if i in words:
@@ -151,15 +156,15 @@ def test_a_chat_is_what_the_template_writes(owned, tmp_path, kind, roles):
         stretches = by_hand(kind, messages)
         assert written(side, piece_of(messages, tmp_path)) == units(stretches, side)
     side = byte_vocabulary(ours)
-    assert side.size == 256 + len(side.control) and list(side.control) == sorted(side.control)
-    ids = [i for unit in units(stretches, side) for i in ([side.control[unit]] if isinstance(unit, str) else unit)]
+    assert side.size == 256 + len(side.special) and list(side.special) == sorted(side.special)
+    ids = [i for unit in units(stretches, side) for i in ([side.special[unit]] if isinstance(unit, str) else unit)]
     assert side.encode([piece_of(messages, tmp_path)])[0].ids.tolist() == ids
 
 
 @pytest.mark.parametrize("kind", CHATS)
 @given(texts=st.lists(TEXTS, min_size=4, max_size=4).filter(any))
 @settings(max_examples=40, deadline=None)
-def test_texts_of_chats_are_spelled_and_never_become_control(owned, tmp_path_factory, kind, texts):
+def test_texts_of_chats_are_spelled_and_never_become_special(owned, tmp_path_factory, kind, texts):
     ours = owned(kind)
     messages = chat("uaua", texts)
     piece = piece_of(messages, tmp_path_factory.getbasetemp())
@@ -187,8 +192,8 @@ def test_control_of_bytes_is_what_the_template_needs(owned):
         "olmo2": ("<|endoftext|>", "<|pad|>"),
         "olmo3": OLMO,
     }
-    for kind, control in needed.items():
-        assert list(byte_vocabulary(owned(kind)).control.items()) == list(zip(sorted(control), range(256, 270)))
+    for kind, special in needed.items():
+        assert list(byte_vocabulary(owned(kind)).special.items()) == list(zip(sorted(special), range(256, 270)))
 
 
 @pytest.mark.parametrize("kind", ("llama", "gemma", "qwen", "smollm"))
@@ -201,7 +206,7 @@ def test_a_template_is_taken_apart_as_the_table_does_it(kind):
     """Not asked for where the table serves, but the same parts are aligned whichever it comes from."""
     ours = vocabulary(kind)
     names = {"bos_token": "".join(ours.template["bos"])}
-    found = chat_parts(ChatTemplate(Path("t"), CHATS[kind]), names, ours.control)
+    found = chat_parts(ChatTemplate(Path("t"), CHATS[kind]), names, ours.special)
     assert found == {part: ours.template[part] for part in found}
     assert set(ours.template) - set(found) - {"bos", "eos", "pad"} == (
         {"system", "end_of_system"} if kind == "gemma" else set()
@@ -224,15 +229,15 @@ def test_parts_of_the_other_families(owned):
 def test_a_word_after_a_literal_space_is_the_token_that_it_is_in_text(owned):
     """Where a tokenizer puts a space before a text, the header's last space takes its place."""
     ours = owned("mistral3")
-    piece = (Segment(Control("start_of_chat")), Segment(Control("user")), Segment("the the"))
+    piece = (Segment(Special("start_of_chat")), Segment(Special("user")), Segment("the the"))
     (encoding,) = ours.encode([piece])
     tokens = [ours.token_bytes[i] for i in encoding.ids]
     assert tokens == [b"", b"", b" the", b" the"] and encoding.text_bytes.tolist() == [0, 0, 3, 4]
     assert encoding.ends.tolist() == [1, 2, 5, 9]
-    piece = (Segment(Control("end_of_turn")), Segment(Control("user")), Segment(" the"))
+    piece = (Segment(Special("end_of_turn")), Segment(Special("user")), Segment(" the"))
     (encoding,) = ours.encode([piece])
     assert [ours.token_bytes[i] for i in encoding.ids] == [b"", b"", b" ", b" the"]
-    assert encoding.spelled and encoding.text_bytes.sum() == 4
+    assert encoding.round_trips and encoding.text_bytes.sum() == 4
 
 
 @pytest.mark.parametrize("kind", ("gemma", "mistral1", "mistral3", "tekken"))
@@ -277,7 +282,7 @@ def test_a_template_of_no_use_is_an_error_where_chats_are_needed(tmp_path, what,
     else:
         (path / file).write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
     ours = load_vocabulary(path)  # texts are of use without it
-    assert ours.encode([(Segment(Control("bos")), Segment("a"))])[0].ids.tolist() == [
+    assert ours.encode([(Segment(Special("bos")), Segment("a"))])[0].ids.tolist() == [
         *ours.part_ids("bos"),
         ours.id_of_bytes[b"a"],
     ]
@@ -323,7 +328,7 @@ def test_what_templates_may_use():
     assert render(template, chat("ua", ["", ""]), {}) == '{"a": "<é"}\n4True[0, 1, 2]False6'
 
 
-PAIRS = {  # student, teacher: the control parts of a chat that one of them does not write
+PAIRS = {  # student, teacher: the special parts of a chat that one of them does not write
     ("qwen", "gemma"): {"start_of_chat"},
     ("llama", "mistral1"): {"header_open", "header_close", "assistant"},
     ("llama", "mistral3"): {"header_open", "header_close", "assistant"},
@@ -336,7 +341,7 @@ PAIRS = {  # student, teacher: the control parts of a chat that one of them does
 @pytest.mark.parametrize("kinds", PAIRS)
 @pytest.mark.parametrize("swapped", (False, True))
 def test_the_parts_of_two_templates_are_paired(owned, tmp_path, kinds, swapped):
-    """A student with the control tokens and the template of its own tokenizer, not the teacher's."""
+    """A student with the special tokens and the template of its own tokenizer, not the teacher's."""
     student, teacher = (owned(kind) for kind in (kinds[::-1] if swapped else kinds))
     piece = piece_of(chat("uaua", ["the", "é", "日本語 the", "x"]), tmp_path)
     (ours,), (theirs,) = student.encode([piece]), teacher.encode([piece])
@@ -365,7 +370,7 @@ def test_the_parts_of_two_templates_are_paired(owned, tmp_path, kinds, swapped):
 def test_the_teachers_control_tokens_on_another_tokenizer(owned, tmp_path):
     messages = chat("uaua", ["the", "é", "the user", "x"])
     for base, source in (("qwen", "mistral3"), ("tinyllama", "olmo2"), ("mistral3", "gemma"), ("mistral1", "tekken")):
-        ours = with_control(owned(base), owned(source))
+        ours = with_special_tokens(owned(base), owned(source))
         assert written(ours, piece_of(messages, tmp_path)) == units(by_hand(source, messages), ours)
 
 
@@ -373,7 +378,7 @@ def test_the_teachers_control_tokens_on_another_tokenizer(owned, tmp_path):
 def test_tokens_are_those_of_the_whole_chat(tmp_path, kind):
     """What is tokenized part by part becomes the tokens that the rendered chat has when it is read at once.
 
-    Not TinyLlama's: its tokenizer writes one more space after every control token, which the template does not. Nor
+    Not TinyLlama's: its tokenizer writes one more space after every special token, which the template does not. Nor
     this small Llama's, which divides text as GPT-2 does and cuts the two line breaks of a header (the real one does not).
     """
     ours = make(kind, tmp_path / "t", CHATS[kind])
@@ -384,12 +389,12 @@ def test_tokens_are_those_of_the_whole_chat(tmp_path, kind):
 
 
 def test_plain_texts_start_as_before(owned):
-    piece = (Segment(Control("bos")), Segment("the"), Segment(Control("eos")))
+    piece = (Segment(Special("bos")), Segment("the"), Segment(Special("eos")))
     for kind in ("tinyllama", "mistral1"):
         ours = owned(kind)
         (encoding,) = ours.encode([piece])
         assert [ours.token_bytes[i] for i in encoding.ids] == [b"", b" the", b""]
-        assert encoding.ids[0] == ours.control["<s>"] and encoding.ids[2] == ours.control["</s>"]
+        assert encoding.ids[0] == ours.special["<s>"] and encoding.ids[2] == ours.special["</s>"]
 
 
 @pytest.mark.real
@@ -430,9 +435,9 @@ def test_templates_render_as_in_transformers(tmp_path, kind):
 
 def exported(folder: Path, ours: Vocabulary, template: str | None, sampling: dict | None = None) -> Path:
     config = ModelConfig(ours.size, embed=2, mlp=2, layers=1, heads=1, kv_heads=1, head_dim=2, windows=(None,))
-    shapes = families.leaves(families.abstract(config))
-    model = families.from_leaves(config, {leaf: np.zeros(shape.shape, np.float32) for leaf, shape in shapes.items()})
-    student.save(folder, model, ours, None, "float32", student.Usage(template, sampling=sampling or {}))
+    shapes = transformer.leaves(transformer.abstract(config))
+    model = transformer.from_leaves(config, {leaf: np.zeros(shape.shape, np.float32) for leaf, shape in shapes.items()})
+    student.save(folder, model, ours, None, "float32", student.GenerationConfig(template, sampling=sampling or {}))
     return folder
 
 
@@ -441,14 +446,14 @@ def test_a_byte_student_keeps_the_template(owned, tmp_path, kind):
     ours = byte_vocabulary(owned(kind))
     found, _ = student.load_vocabularies(exported(tmp_path / "student", ours, CHATS[kind]))
     assert student.read_template(tmp_path / "student") == CHATS[kind]
-    for field in ("token_bytes", "control", "template", "adds_bos"):
+    for field in ("token_bytes", "special", "template", "adds_bos"):
         assert getattr(found, field) == getattr(ours, field), field
     messages = chat("uaua", ["the", "é", "the user", "x"])
     assert written(found, piece_of(messages, tmp_path)) == units(by_hand(kind, messages), ours)
 
 
 def with_bos(folder: Path, kind: str, word: str, **config: object) -> Vocabulary:
-    """A vocabulary whose tokenizer puts a control token before a text."""
+    """A vocabulary whose tokenizer puts a special token before a text."""
     make(kind, folder)
     spec = json.loads((folder / "tokenizer.json").read_text())
     bos, text = {"SpecialToken": {"id": word, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -472,19 +477,19 @@ def test_an_exported_tokenizer_puts_bos_where_the_original_does(tmp_path):
         "no processor": (byte_vocabulary(vocabulary("llama")), []),
         "no bos": (byte_vocabulary(vocabulary("qwen")), []),
         "by configuration": (byte_vocabulary(vocabulary("tinyllama")), ["<s>"]),
-        "Qwen's tokens": (with_control(vocabulary("qwen"), llama), [LLAMA[0]]),
-        "Gemma's control": (with_control(llama, vocabulary("gemma")), []),
-        "Gemma's control, with its bos": (
-            with_control(llama, with_bos(tmp_path / "gemma", "gemma", "<bos>")),
+        "Qwen's tokens": (with_special_tokens(vocabulary("qwen"), llama), [LLAMA[0]]),
+        "Gemma's special": (with_special_tokens(llama, vocabulary("gemma")), []),
+        "Gemma's special, with its bos": (
+            with_special_tokens(llama, with_bos(tmp_path / "gemma", "gemma", "<bos>")),
             ["<bos>"],
         ),
     }
     for name, (ours, bos) in cases.items():
-        tokenizer = Tokenizer.from_str(json.dumps(student.tokenizer_json(ours)))
+        tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(ours)))
         text = text_ids(ours, "the é")
-        assert tokenizer.encode("the é").ids == [ours.control[word] for word in bos] + text, name
+        assert tokenizer.encode("the é").ids == [ours.special[word] for word in bos] + text, name
         assert tokenizer.encode("the é", add_special_tokens=False).ids == text, name
-        pair = [*(ours.control[word] for word in bos), *text]
+        pair = [*(ours.special[word] for word in bos), *text]
         if ours.tokenizer is None:
             assert tokenizer.encode("the é", "the é").ids == pair * 2, name
         assert load_vocabulary(exported(tmp_path / f"student {name}", ours, None)).adds_bos == bool(bos)
@@ -526,14 +531,14 @@ def test_generation_config(owned, tmp_path, kind, stops):
         json.dumps({**source, "eos_token_id": 128009, "max_length": 9, "temperature": 0.7})
     )
     (tmp_path / "config.json").write_text("{}")
-    sampling = student.read_usage(tmp_path).sampling
+    sampling = student.read_generation_config(tmp_path).sampling
     assert sampling == source | {"temperature": 0.7}
     folder = exported(tmp_path / "student", ours, CHATS[kind], sampling)
     bos, pad = (ours.template[part] for part in ("bos", "pad"))
     assert json.loads((folder / "generation_config.json").read_text()) == {
-        "bos_token_id": ours.control[bos[0]] if bos else None,
-        "eos_token_id": [ours.control[word] for word in stops],
-        "pad_token_id": ours.control[pad[0]] if pad else None,
+        "bos_token_id": ours.special[bos[0]] if bos else None,
+        "eos_token_id": [ours.special[word] for word in stops],
+        "pad_token_id": ours.special[pad[0]] if pad else None,
         **sampling,
     }
 
@@ -550,7 +555,7 @@ def test_generation_config(owned, tmp_path, kind, stops):
 )
 def test_sampling_that_is_none(tmp_path, content, message):
     (tmp_path / "config.json").write_text("{}")
-    assert student.read_usage(tmp_path) == student.Usage()
+    assert student.read_generation_config(tmp_path) == student.GenerationConfig()
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=f"generation_config.json.*{message}"):
-        student.read_usage(tmp_path)
+        student.read_generation_config(tmp_path)

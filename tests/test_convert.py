@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
+import forward
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tokenizers as small
@@ -19,22 +20,30 @@ from real_tokenizers import real_tokenizer
 from tokenizers import Tokenizer
 
 import convert
-from minalm import families, hf, layers, sharding, student
-from minalm.model import ModelConfig, Transformer
-from minalm.ngrams import longest_suffix
-from minalm.text import Control, InputError, Segment
-from minalm.transfer import TransferPlan, plan_transfer
-from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
+from minalm.errors import InputError
+from minalm.huggingface import families, weights
+from minalm.huggingface import folder as student
+from minalm.models import student as tables
+from minalm.models import transformer
+from minalm.models.config import ModelConfig
+from minalm.models.transformer import Transformer
+from minalm.parallel.mesh import ROWS, make_mesh, shard, shard_map, specs
+from minalm.text.documents import Segment, Special
+from minalm.tokenization import tokenizer_json
+from minalm.tokenization.suffixes import longest_suffix
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.transfer import TransferPlan, plan_transfer
+from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
 
 FAMILIES = {"llama": small.LLAMA, "gemma": small.GEMMA, "chatml": small.CHATML}
 PADDED = 3  # rows of the teacher's table past its tokenizer
 
 
 def random_model(config: ModelConfig) -> Transformer:
-    shapes = families.leaves(families.abstract(config))
+    shapes = transformer.leaves(transformer.abstract(config))
     random = np.random.default_rng(0)
     arrays = {leaf: random.normal(size=s.shape, scale=0.3).astype(np.float32) for leaf, s in shapes.items()}
-    return families.from_leaves(config, arrays)
+    return transformer.from_leaves(config, arrays)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +72,13 @@ def teacher_folder(tmp_path_factory) -> Path:
     )
     files["chat_template.jinja"] = b"{{ bos_token }}"
     keys = {"max_position_embeddings": 640}
-    hf.save(folder / "model", random_model(config), "float32", keys=keys, files=files)
+    weights.save(folder / "model", random_model(config), "float32", keys=keys, files=files)
     return folder / "model"
 
 
 @pytest.fixture
 def teacher(teacher_folder) -> Transformer:
-    return hf.load(teacher_folder, np.float32)
+    return weights.load(teacher_folder, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +91,22 @@ def run(monkeypatch, *arguments: object) -> None:
     convert.main()
 
 
-def compute(model: Transformer, tokens: np.ndarray, ngram: np.ndarray | None) -> np.ndarray:
+def compute(model: Transformer, tokens: np.ndarray, suffix: np.ndarray | None) -> np.ndarray:
     """Logits [batch, time, vocab]."""
-    mesh, dtype = sharding.make_mesh(1, 1), jnp.dtype(jnp.float32)
-
-    def logits(model, tokens, ngram):
-        x, _ = model.trunk(tokens, ngram, None, dtype)
-        product = jnp.einsum("bte,ve->btv", model.finish(x), sharding.gather_channels(model.unembedding, dtype))
-        return layers.softcap(product, model.config.final_softcap)
-
-    specs = (sharding.specs(model, mesh), sharding.ROWS, sharding.ROWS)
-    logits = sharding.on_mesh(logits, mesh=mesh, in_specs=specs, out_specs=P("fsdp", None, "tp"))
-    return np.asarray(jax.jit(logits)(sharding.place(model, mesh), tokens, ngram))
+    mesh = make_mesh(1, 1)
+    layout = (specs(model, mesh), ROWS, ROWS)
+    mapped = shard_map(forward.logits, mesh=mesh, in_specs=layout, out_specs=P("fsdp", None, "tp"))
+    return np.asarray(jax.jit(mapped)(shard(model, mesh), tokens, suffix))
 
 
 # --- tokenizer.json -----------------------------------------------------------------------------------------------
 
 
-def byte_tokenizer(control: tuple[str, ...]) -> tuple[Vocabulary, Tokenizer]:
+def byte_tokenizer(special: tuple[str, ...]) -> tuple[Vocabulary, Tokenizer]:
     source = dataclasses.replace(
-        byte_vocabulary(Vocabulary("source", None, None, {}, (), {}, {}), control), name="bytes"
+        byte_vocabulary(Vocabulary("source", None, None, {}, (), {}, {}), special), name="bytes"
     )
-    return source, Tokenizer.from_str(json.dumps(student.tokenizer_json(source)))
+    return source, Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(source)))
 
 
 @given(st.text())
@@ -124,10 +127,10 @@ def test_the_tokenizer_of_bytes_does_not_touch_the_text(text):
 
 
 def test_programs_can_ask_for_control_tokens():
-    """transformers renders a chat to text first, and reads the control tokens back from there."""
+    """transformers renders a chat to text first, and reads the special tokens back from there."""
     vocabulary, tokenizer = byte_tokenizer(small.LLAMA)
     ids = tokenizer.encode("<|begin_of_text|>hi<|eot_id|>").ids
-    assert ids == [vocabulary.control["<|begin_of_text|>"], *b"hi", vocabulary.control["<|eot_id|>"]]
+    assert ids == [vocabulary.special["<|begin_of_text|>"], *b"hi", vocabulary.special["<|eot_id|>"]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,14 +138,14 @@ def test_a_byte_vocabulary_comes_out_of_its_folder_again(tmp_path, teacher, fami
     original = load_vocabulary(small.save(tmp_path / "source", small.byte_level(), FAMILIES[family]))
     vocabulary = byte_vocabulary(original)
     model = random_model(dataclasses.replace(teacher.config, vocab_size=vocabulary.size + 7, tied=False))
-    student.save(tmp_path / "model", model, vocabulary, None, "float32", student.Usage())
+    student.save(tmp_path / "model", model, vocabulary, None, "float32", student.GenerationConfig())
     found, none = student.load_vocabularies(tmp_path / "model")
     assert none is None and found.tokenizer is None
-    for field in ("token_bytes", "control", "template"):
+    for field in ("token_bytes", "special", "template"):
         assert getattr(found, field) == getattr(vocabulary, field), field
     assert found.token_bytes == load_vocabulary(tmp_path / "model").token_bytes
     assert np.array_equal(found.boundary_mask(found.size), vocabulary.boundary_mask(found.size))
-    assert hf.load(tmp_path / "model", np.float32).config.vocab_size == vocabulary.size
+    assert weights.load(tmp_path / "model", np.float32).config.vocab_size == vocabulary.size
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     stops = values["eos_token_id"] if isinstance(values["eos_token_id"], list) else [values["eos_token_id"]]
     assert stops[0] == vocabulary.eos_id and vocabulary.part_ids("end_of_turn")[0] in stops
@@ -153,14 +156,14 @@ def test_a_byte_vocabulary_comes_out_of_its_folder_again(tmp_path, teacher, fami
 def test_a_tokenizer_with_added_control_tokens_comes_out_again(tmp_path, teacher, family):
     base = load_vocabulary(small.save(tmp_path / "base", small.byte_level(), small.CHATML))
     source = load_vocabulary(small.save(tmp_path / "source", small.sentencepiece(False), FAMILIES[family]))
-    vocabulary = with_control(base, source)
+    vocabulary = with_special_tokens(base, source)
     model = random_model(dataclasses.replace(teacher.config, vocab_size=vocabulary.size))
-    student.save(tmp_path / "model", model, vocabulary, None, "float32", student.Usage())
+    student.save(tmp_path / "model", model, vocabulary, None, "float32", student.GenerationConfig())
     found, _ = student.load_vocabularies(tmp_path / "model")
     assert found.tokenizer is not None
-    for field in ("token_bytes", "control", "template"):
+    for field in ("token_bytes", "special", "template"):
         assert getattr(found, field) == getattr(vocabulary, field), field
-    piece = (Segment(Control("bos")), Segment("the user said é日\n\n"), Segment(Control("end_of_turn")))
+    piece = (Segment(Special("bos")), Segment("the user said é日\n\n"), Segment(Special("end_of_turn")))
     assert np.array_equal(found.encode([piece])[0].ids, vocabulary.encode([piece])[0].ids)
 
 
@@ -169,18 +172,20 @@ def test_a_tokenizer_with_added_control_tokens_comes_out_again(tmp_path, teacher
 @pytest.mark.parametrize("source", ("gemma2", "llama3", "qwen3"))
 def test_real_vocabularies_come_out_again(tmp_path, source, base):
     old = load_vocabulary(real_tokenizer(source))
-    vocabulary = byte_vocabulary(old) if base == "bytes" else with_control(load_vocabulary(real_tokenizer(base)), old)
+    vocabulary = (
+        byte_vocabulary(old) if base == "bytes" else with_special_tokens(load_vocabulary(real_tokenizer(base)), old)
+    )
     config = ModelConfig(vocabulary.size, embed=2, mlp=2, layers=1, heads=1, kv_heads=1, head_dim=2, windows=(None,))
-    student.save(tmp_path / "model", random_model(config), vocabulary, None, "float32", student.Usage())
+    student.save(tmp_path / "model", random_model(config), vocabulary, None, "float32", student.GenerationConfig())
     found, _ = student.load_vocabularies(tmp_path / "model")
-    for field in ("token_bytes", "control", "template"):
+    for field in ("token_bytes", "special", "template"):
         assert getattr(found, field) == getattr(vocabulary, field), field
 
 
 def test_ids_with_holes_are_refused(tmp_path):
     vocabulary = load_vocabulary(small.save(tmp_path / "base", small.byte_level(), small.CHATML))
     with pytest.raises(InputError, match="cannot give '<new>' the id 1000"):
-        student.tokenizer_json(dataclasses.replace(vocabulary, control={**vocabulary.control, "<new>": 1000}))
+        tokenizer_json.tokenizer_json(dataclasses.replace(vocabulary, special={**vocabulary.special, "<new>": 1000}))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def plan_of(*sources: list[int]) -> TransferPlan:
 @pytest.mark.parametrize("teacher_tied", (True, False))
 def test_tables_of_an_untied_student(teacher, teacher_tied):
     teacher = random_model(dataclasses.replace(teacher.config, tied=teacher_tied))
-    model = student.student_from_teacher(teacher, plan_of([7], [3, 5], []), expansion=False, tied=False, rows=6)
+    model = tables.student_from_teacher(teacher, plan_of([7], [3, 5], []), expansion=False, tied=False, rows=6)
     old_unembed = teacher.embed if teacher_tied else teacher.unembed
     for new, old in ((model.embed, teacher.embed), (model.unembed, old_unembed)):
         assert new.dtype == old.dtype and new.shape == (6, 24)
@@ -223,14 +228,14 @@ def test_tables_of_an_untied_student(teacher, teacher_tied):
 
 
 def test_tables_of_a_tied_student(teacher):
-    model = student.student_from_teacher(teacher, plan_of([7]), expansion=False, tied=True, rows=1)
+    model = tables.student_from_teacher(teacher, plan_of([7]), expansion=False, tied=True, rows=1)
     assert model.unembed is None and model.config.tied
     np.testing.assert_array_equal(model.embed, teacher.embed[7:8])
 
 
 def test_all_else_is_the_teachers(teacher):
-    model = student.student_from_teacher(teacher, plan_of([7]), expansion=True, tied=False, rows=4)
-    old, new = families.leaves(teacher), families.leaves(model)
+    model = tables.student_from_teacher(teacher, plan_of([7]), expansion=True, tied=False, rows=4)
+    old, new = transformer.leaves(teacher), transformer.leaves(model)
     assert {leaf for leaf in new if leaf not in old} == {"expansion", "unembed"}
     for leaf in old.keys() - {"embed"}:
         assert np.array_equal(old[leaf], new[leaf]), leaf
@@ -240,40 +245,44 @@ def test_all_else_is_the_teachers(teacher):
 
 def test_new_tables_of_a_bfloat16_teacher_are_rounded_once(tmp_path, teacher_folder):
     bfloat16 = families.DTYPES["bfloat16"]
-    teacher = hf.load(teacher_folder, bfloat16)
-    model = student.student_from_teacher(teacher, plan_of([7], [3, 5]), expansion=True, tied=False, rows=4)
+    teacher = weights.load(teacher_folder, bfloat16)
+    model = tables.student_from_teacher(teacher, plan_of([7], [3, 5]), expansion=True, tied=False, rows=4)
     exact = (teacher.embed[3].astype(np.float32) + teacher.embed[5].astype(np.float32)) / 2
     assert np.array_equal(model.embed[1], exact) and not np.array_equal(exact.astype(bfloat16), exact)
-    others = {leaf: array.dtype for leaf, array in families.leaves(model).items() if leaf not in ("embed", "unembed")}
+    others = {
+        leaf: array.dtype for leaf, array in transformer.leaves(model).items() if leaf not in ("embed", "unembed")
+    }
     assert set(others.values()) == {bfloat16}
-    hf.save(tmp_path / "model", model, "bfloat16")
-    assert np.array_equal(hf.load(tmp_path / "model", np.float32).embed[1], exact.astype(bfloat16).astype(np.float32))
+    weights.save(tmp_path / "model", model, "bfloat16")
+    assert np.array_equal(
+        weights.load(tmp_path / "model", np.float32).embed[1], exact.astype(bfloat16).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("tied", (True, False))
 def test_a_teacher_that_stays_in_its_file(tmp_path, teacher, tied):
     """The same student, bit for bit, of which all that is the teacher's own is not read before it is needed."""
-    hf.save(tmp_path / "teacher", random_model(dataclasses.replace(teacher.config, tied=tied)), "bfloat16")
-    stored, loaded = hf.read(tmp_path / "teacher"), hf.load(tmp_path / "teacher", np.float32)
+    weights.save(tmp_path / "teacher", random_model(dataclasses.replace(teacher.config, tied=tied)), "bfloat16")
+    stored, loaded = weights.read(tmp_path / "teacher"), weights.load(tmp_path / "teacher", np.float32)
     plan = plan_of([7], [3, 5], [], [2, 2, 9])
-    lazy, eager = (student.student_from_teacher(source, plan, True, False, 6, seed=4) for source in (stored, loaded))
-    old, new = families.leaves(stored), families.leaves(lazy)
+    lazy, eager = (tables.student_from_teacher(source, plan, True, False, 6, seed=4) for source in (stored, loaded))
+    old, new = transformer.leaves(stored), transformer.leaves(lazy)
     assert new["expansion"] is old["embed"]
     assert all(new[leaf] is old[leaf] for leaf in new if leaf not in ("embed", "unembed", "expansion"))
-    for leaf, array in families.leaves(eager).items():
+    for leaf, array in transformer.leaves(eager).items():
         assert new[leaf].shape == array.shape and np.array_equal(new[leaf][:], array), leaf
-    placed = sharding.place(lazy, sharding.make_mesh(4, 2), np.float32)
+    placed = shard(lazy, make_mesh(4, 2), np.float32)
     assert all(map(np.array_equal, jax.tree.leaves(placed), jax.tree.leaves(eager)))
     for name, model in (("lazy", lazy), ("eager", eager)):
-        hf.save(tmp_path / name, model, "bfloat16", shard_size=20_000)
+        weights.save(tmp_path / name, model, "bfloat16", shard_size=20_000)
     written = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("lazy", "eager")]
     assert written[0] == written[1] and len(written[0]) > 3
 
 
 def test_a_student_with_an_expansion_is_no_teacher(teacher):
-    model = student.student_from_teacher(teacher, plan_of([7]), expansion=True, tied=False, rows=1)
+    model = tables.student_from_teacher(teacher, plan_of([7]), expansion=True, tied=False, rows=1)
     with pytest.raises(InputError, match="byte student"):
-        student.student_from_teacher(model, plan_of([0]), expansion=False, tied=False, rows=1)
+        tables.student_from_teacher(model, plan_of([0]), expansion=False, tied=False, rows=1)
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
@@ -286,30 +295,30 @@ def test_bytes(tmp_path, monkeypatch, capsys, teacher_folder, expansion):
     printed = capsys.readouterr().out
     assert "301 -> 261: 261 copied, 0 averaged, 0 drawn" in printed
 
-    model = hf.load(tmp_path / "out", np.float32)
-    vocabulary, ngrams = student.load_vocabularies(tmp_path / "out")
+    model = weights.load(tmp_path / "out", np.float32)
+    vocabulary, suffixes = student.load_vocabularies(tmp_path / "out")
     old = load_vocabulary(teacher_folder)
     expected = byte_vocabulary(old)
-    assert (vocabulary.token_bytes, vocabulary.control) == (expected.token_bytes, expected.control)
-    made = student.student_from_teacher(
-        hf.load(teacher_folder, np.float32), plan_transfer(old, expected), expansion, False, expected.size
+    assert (vocabulary.token_bytes, vocabulary.special) == (expected.token_bytes, expected.special)
+    made = tables.student_from_teacher(
+        weights.load(teacher_folder, np.float32), plan_transfer(old, expected), expansion, False, expected.size
     )
     assert model.config == made.config and not model.config.tied
-    for leaf, array in families.leaves(made).items():
-        assert np.array_equal(array, families.leaves(model)[leaf]), leaf
+    for leaf, array in transformer.leaves(made).items():
+        assert np.array_equal(array, transformer.leaves(model)[leaf]), leaf
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ bos_token }}"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 640
 
     # The folder alone is enough to run the model.
-    piece = (Segment(Control("bos")), Segment("the user said é日"), Segment(Control("eos")))
+    piece = (Segment(Special("bos")), Segment("the user said é日"), Segment(Special("eos")))
     ids = vocabulary.encode([piece])[0].ids[None]
     if expansion:
-        ngram = ngrams(ids)
-        assert np.array_equal(ngram, longest_suffix(old, expected)(ids)) and len(set(ngram[0])) > 5
+        suffix = suffixes(ids)
+        assert np.array_equal(suffix, longest_suffix(old, expected)(ids)) and len(set(suffix[0])) > 5
     else:
-        assert ngrams is None
-        ngram = None
-    assert np.isfinite(compute(model, ids, ngram)).all()
+        assert suffixes is None
+        suffix = None
+    assert np.isfinite(compute(model, ids, suffix)).all()
 
 
 def test_tokenizer(tmp_path, monkeypatch, capsys, teacher_folder, other_tokenizer):
@@ -318,12 +327,12 @@ def test_tokenizer(tmp_path, monkeypatch, capsys, teacher_folder, other_tokenize
     old, new = load_vocabulary(teacher_folder), load_vocabulary(tmp_path / "out")
     base = load_vocabulary(other_tokenizer / "tokenizer.json")
     assert new.token_bytes[: base.size] == base.token_bytes
-    assert new.template == old.template and set(small.GEMMA) <= set(new.control)
-    model = hf.load(tmp_path / "out", families.DTYPES["bfloat16"])
+    assert new.template == old.template and set(small.GEMMA) <= set(new.special)
+    model = weights.load(tmp_path / "out", families.DTYPES["bfloat16"])
     assert model.config.tied and model.config.vocab_size == new.size
-    teacher = hf.load(teacher_folder, families.DTYPES["bfloat16"])
+    teacher = weights.load(teacher_folder, families.DTYPES["bfloat16"])
     for word in small.GEMMA:
-        assert np.array_equal(model.embed[new.control[word]], teacher.embed[old.control[word]])
+        assert np.array_equal(model.embed[new.special[word]], teacher.embed[old.special[word]])
 
 
 def test_inspect(tmp_path, monkeypatch, capsys, teacher_folder):
@@ -331,11 +340,11 @@ def test_inspect(tmp_path, monkeypatch, capsys, teacher_folder):
     capsys.readouterr()
     run(monkeypatch, "inspect", tmp_path / "out")
     printed = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
-    model = hf.load(tmp_path / "out", np.float32)
+    model = weights.load(tmp_path / "out", np.float32)
     assert printed["windows"] == "(3, None, 3)" and printed["expansion_size"] == "304"
     assert printed["expansion parameters"] == f"{304 * 24:,}"
-    assert printed["all parameters"] == f"{sum(array.size for array in families.leaves(model).values()):,}"
-    assert printed["vocabulary"].startswith("261 ids, bytes; control tokens <bos>")
+    assert printed["all parameters"] == f"{sum(array.size for array in transformer.leaves(model).values()):,}"
+    assert printed["vocabulary"].startswith("261 ids, bytes; special tokens <bos>")
     old = load_vocabulary(teacher_folder)
     found = {token for token in old.token_bytes if 0 < len(token) <= 16}
     assert printed["expansion"] == f"{len(found) + len(small.GEMMA)} original tokens"
@@ -384,5 +393,84 @@ def test_transformers_runs_a_plain_student(tmp_path, monkeypatch, teacher_folder
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     with torch.no_grad():
         expected = model(torch.tensor(ids).long()).logits.numpy()
-    found = compute(hf.load(tmp_path / "out", np.float32), ids, None)
+    found = compute(weights.load(tmp_path / "out", np.float32), ids, None)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+# --- a run's student, without what training changes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ("bytes, expansion frozen", "bytes, expansion trained", "tokens"))
+def test_a_start_and_its_trained_leaves_are_the_student(tmp_path, teacher_folder, other_tokenizer, kind):
+    """Every file of the export is the same, byte for byte, as where the teacher is at hand."""
+    teacher, (old, _) = weights.read(teacher_folder), student.load_vocabularies(teacher_folder)
+    generation_config = dataclasses.replace(student.read_generation_config(teacher_folder), sampling={"top_k": 3})
+    of_bytes = kind.startswith("bytes")
+    new = byte_vocabulary(old) if of_bytes else with_special_tokens(load_vocabulary(other_tokenizer), old)
+    suffixes = longest_suffix(old, new) if of_bytes else None
+    rows = -(-new.size // 64) * 64
+    whole = tables.student_from_teacher(teacher, plan_transfer(old, new), of_bytes, not of_bytes, rows)
+    is_trained = jax.tree.map(lambda _: True, whole)
+    if kind == "bytes, expansion frozen":
+        is_trained = eqx.tree_at(lambda model: model.expansion, is_trained, False)
+    student.write_start(tmp_path / "start", whole, is_trained, new, suffixes, generation_config)
+
+    start = student.read_start(tmp_path / "start")
+    assert start.config == whole.config and start.config.vocab_size == rows > new.size
+    assert list(start.frozen) == (["expansion"] if kind == "bytes, expansion frozen" else [])
+    trained, _ = eqx.partition(jax.tree.map(lambda leaf: leaf[:].astype(np.float32), whole), is_trained)
+    assert jax.tree.structure(start.trained()) == jax.tree.structure(trained)
+    assert jax.tree.map(np.shape, start.trained()) == jax.tree.map(np.shape, trained)
+    student.save(tmp_path / "expected", whole, new, suffixes, "float32", generation_config)
+    again = (start.vocabulary, start.suffixes, "float32", start.generation_config)
+    student.save(tmp_path / "found", start.model(trained), *again)
+    expected, found = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("expected", "found")
+    )
+    assert found == expected and len(found) == (6 if of_bytes else 5)
+
+
+def test_a_start_keeps_the_bits_of_what_is_frozen(tmp_path, teacher_folder):
+    """Whatever is frozen, stacked blocks too, in the type that it is stored in."""
+    teacher, (vocabulary, _) = weights.read(teacher_folder), student.load_vocabularies(teacher_folder)
+    teacher = jax.tree.map(lambda leaf: leaf[:].astype(families.DTYPES["bfloat16"]), teacher)
+    teacher = eqx.tree_at(lambda model: model.norm, teacher, teacher.norm.astype(np.float16))
+    is_trained = jax.tree.map(lambda _: True, teacher)
+    is_trained = eqx.tree_at(lambda model: (model.norm, model.embed), is_trained, (False, False))
+    is_trained = eqx.tree_at(
+        lambda model: model.blocks, is_trained, replace_fn=lambda blocks: jax.tree.map(lambda _: False, blocks)
+    )
+    student.write_start(tmp_path / "start", teacher, is_trained, vocabulary, None, student.GenerationConfig())
+    frozen = student.read_start(tmp_path / "start").frozen
+    expected = {
+        leaf: array
+        for leaf, array in transformer.leaves(teacher).items()
+        if leaf in ("embed", "norm") or leaf.startswith("blocks.")
+    }
+    assert frozen.keys() == expected.keys()
+    for leaf, array in expected.items():
+        assert frozen[leaf].dtype == array.dtype and np.array_equal(frozen[leaf][:], array), leaf
+
+
+def test_a_damaged_start_is_refused(tmp_path, teacher_folder):
+    teacher, (old, _) = weights.read(teacher_folder), student.load_vocabularies(teacher_folder)
+    new = byte_vocabulary(old)
+    whole = tables.student_from_teacher(teacher, plan_transfer(old, new), True, False, new.size)
+    is_trained = eqx.tree_at(lambda model: model.expansion, jax.tree.map(lambda _: True, whole), False)
+    student.write_start(
+        tmp_path / "start", whole, is_trained, new, longest_suffix(old, new), student.GenerationConfig()
+    )
+    with pytest.raises(InputError, match="start exists already"):
+        student.write_start(tmp_path / "start", whole, is_trained, new, None, student.GenerationConfig())
+    file = tmp_path / "start" / "frozen.safetensors"
+    content = file.read_bytes()
+    for damaged, words in (
+        (content[:-1], "frozen.safetensors is damaged"),
+        (content.replace(b"expand_embed", b"expand_dembe"), "holds the tensor model.expand_dembe_tokens.weight"),
+        (None, "frozen.safetensors is missing"),
+    ):
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        with pytest.raises(InputError, match=words):
+            student.read_start(tmp_path / "start")

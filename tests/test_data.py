@@ -12,26 +12,27 @@ from hypothesis import strategies as st
 from small_tokenizers import vocabulary
 from tokenizers import pre_tokenizers
 
-from minalm.align import align
-from minalm.data import Side, make_batch, read_ahead
-from minalm.ngrams import longest_suffix
-from minalm.text import Control, Segment
-from minalm.vocab import byte_vocabulary, load_vocabulary
+from minalm.batches import Side, make_batch, read_ahead
+from minalm.text.documents import Segment, Special
+from minalm.tokenization.align import align
+from minalm.tokenization.suffixes import longest_suffix
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.vocabulary import byte_vocabulary
 
 
 def plain(text):
-    return (Segment(Control("bos")), Segment(text), Segment(Control("eos")))
+    return (Segment(Special("bos")), Segment(text), Segment(Special("eos")))
 
 
-def batch_of(pieces, student, teacher, ngrams, student_length, teacher_length):
-    sides = Side(student, ngrams, student_length), Side(teacher, None, teacher_length)
+def batch_of(pieces, student, teacher, suffixes, student_length, teacher_length):
+    sides = Side(student, suffixes, student_length), Side(teacher, None, teacher_length)
     return make_batch(pieces, sides[0], None if teacher is None else sides[1])
 
 
 def chat(question, answer):
-    parts = [Control("bos"), Control("header_open"), Control("user"), Control("header_close"), question]
-    parts += [Control("end_of_turn"), Control("header_open"), Control("assistant"), Control("header_close")]
-    return tuple(Segment(part, False) for part in parts) + (Segment(answer), Segment(Control("end_of_turn")))
+    parts = [Special("bos"), Special("header_open"), Special("user"), Special("header_close"), question]
+    parts += [Special("end_of_turn"), Special("header_open"), Special("assistant"), Special("header_close")]
+    return tuple(Segment(part, False) for part in parts) + (Segment(answer), Segment(Special("end_of_turn")))
 
 
 PIECES = [plain("the user said"), chat("the 日本 model?\n\n\n", " hello"), (), plain("")]
@@ -40,67 +41,67 @@ BYTES = "bytes of gemma"
 
 def test_rows_and_targets():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    batch, left_out = batch_of(PIECES, student, teacher, longest_suffix(teacher, student), 40, 20)
-    assert not left_out.any()
+    batch = batch_of(PIECES, student, teacher, longest_suffix(teacher, student), 40, 20)
+    assert not batch.left_out.any()
     for tokens, side, length in ((batch.student, student, 40), (batch.teacher, teacher, 20)):
         for row, encoding in enumerate(side.encode(PIECES)):
             ids = encoding.ids[:length].tolist()
             padded = ids + [side.pad_id] * (length - len(ids))
             assert tokens.inputs[row].tolist() == padded
             assert tokens.targets[row].tolist() == [*padded[1:], side.pad_id]
-            weight = encoding.counts[1:length].astype(float).tolist()
+            weight = encoding.loss_mask[1:length].astype(float).tolist()
             assert tokens.weight[row].tolist() == weight + [0.0] * (length - len(weight))
-    np.testing.assert_array_equal(batch.student.ngram, longest_suffix(teacher, student)(batch.student.inputs))
-    assert batch.teacher.ngram is None
-    whole = batch_of(PIECES, student, teacher, None, 99, 99)[0]
+    np.testing.assert_array_equal(batch.student.suffix, longest_suffix(teacher, student)(batch.student.inputs))
+    assert batch.teacher.suffix is None
+    whole = batch_of(PIECES, student, teacher, None, 99, 99)
     assert whole.student.weight[1].sum() == 8  # " hello", end of turn, newline; the prompt does not count
 
 
 def test_chunks_belong_to_targets():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    chunks = batch_of(PIECES, student, teacher, None, 40, 20)[0].chunks
+    chunks = batch_of(PIECES, student, teacher, None, 40, 20).chunks
     for row, (ours, theirs) in enumerate(zip(student.encode(PIECES), teacher.encode(PIECES), strict=True)):
         aligned = align(ours.cut(40), theirs.cut(20))
-        used = len(aligned.student_close)
-        for chunk, close, of_token, last in (
-            (chunks.student_chunk, chunks.student_close, aligned.student_chunk, aligned.student_close),
-            (chunks.teacher_chunk, chunks.teacher_close, aligned.teacher_chunk, aligned.teacher_close),
+        used = len(aligned.student_chunk_end)
+        for chunk, chunk_end, of_token, last in (
+            (chunks.student_chunk, chunks.student_chunk_end, aligned.student_chunk, aligned.student_chunk_end),
+            (chunks.teacher_chunk, chunks.teacher_chunk_end, aligned.teacher_chunk, aligned.teacher_chunk_end),
         ):
             assert chunk[row, : max(len(of_token) - 1, 0)].tolist() == of_token[1:].tolist()
             assert (chunk[row, max(len(of_token) - 1, 0) :] == -1).all()
-            assert close[row, :used].tolist() == last.tolist() and (close[row, used:] == -1).all()
+            assert chunk_end[row, :used].tolist() == last.tolist() and (chunk_end[row, used:] == -1).all()
             for number in range(1, used):  # the distribution at `close` is the one after the chunk's last target
-                assert np.flatnonzero(chunk[row] == number)[-1] + 1 == close[row, number]
-    assert chunks.student_close[0, 0] == 0 and not (chunks.student_chunk[0] == 0).any()  # bos
+                assert np.flatnonzero(chunk[row] == number)[-1] + 1 == chunk_end[row, number]
+    assert chunks.student_chunk_end[0, 0] == 0 and not (chunks.student_chunk[0] == 0).any()  # bos
 
 
 def test_before_space_and_text_bytes():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    chunks = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 60)[0].chunks
+    chunks = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 60).chunks
     #         bos   "the"  " "    "user" "\n"*3 "model" " the" eos
     text_bytes = [0, 3, 1, 4, 3, 5, 4, 0]
     before = [True, True, False, False, False, True, False, True]
     assert chunks.text_bytes[0].tolist() == text_bytes + [0] * 52
     assert chunks.before_space[0].tolist() == before + [False] * 52
     # Where the row ends, what follows in the piece decides, not the padding.
-    cut = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 9, 60)[0].chunks
+    cut = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 9, 60).chunks
     assert cut.before_space[0].tolist() == before[:4] + [False] * 5
-    cut = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 5)[0].chunks
+    cut = batch_of([plain("the user\n\n\nmodel the")], student, teacher, None, 60, 5).chunks
     assert cut.before_space[0].tolist() == before[:5]
     # No space follows the last chunk of a piece.
-    part = batch_of([plain("the user")[:2]], student, teacher, None, 60, 60)[0].chunks
+    part = batch_of([plain("the user")[:2]], student, teacher, None, 60, 60).chunks
     assert part.before_space[0, :4].tolist() == [True, True, False, False]
     # It must hold on both sides: the student's next token is "s", where the teacher's would be " s".
-    assert not batch_of([plain("ths")], student, teacher, None, 9, 9)[0].chunks.before_space[0, 1]
+    assert not batch_of([plain("ths")], student, teacher, None, 9, 9).chunks.before_space[0, 1]
 
 
 def test_the_chunk_of_a_rows_first_token_has_no_targets():
     qwen, gemma = vocabulary("qwen"), vocabulary("gemma")  # Qwen starts with "the": no probability, where Gemma has one
     for student, teacher in ((qwen, gemma), (gemma, qwen)):
-        chunks = batch_of([plain("the user")], student, teacher, None, 9, 9)[0].chunks
+        chunks = batch_of([plain("the user")], student, teacher, None, 9, 9).chunks
         assert not (chunks.student_chunk == 0).any() and not (chunks.teacher_chunk == 0).any()
         the = len(qwen.encode([(Segment("the"),)])[0].ids)
-        assert chunks.student_close[0, 0] == (the - 1 if student is qwen else 1)
+        assert chunks.student_chunk_end[0, 0] == (the - 1 if student is qwen else 1)
         assert (chunks.student_chunk == 1).any() and (chunks.teacher_chunk == 1).any()
 
 
@@ -109,13 +110,13 @@ def test_what_a_side_cannot_spell_is_left_out(tmp_path):
     teacher = load_vocabulary(small.save(tmp_path / "teacher", small.byte_level(alphabet=letters), small.LLAMA))
     student = byte_vocabulary(teacher)
     pieces = [plain("the"), plain("a\U00100000b"), plain("end")]  # UTF-8: f4 80 80 80
-    batch, left_out = batch_of(pieces, student, teacher, longest_suffix(teacher, student), 20, 10)
-    assert left_out.tolist() == [False, True, False]
+    batch = batch_of(pieces, student, teacher, longest_suffix(teacher, student), 20, 10)
+    assert batch.left_out.tolist() == [False, True, False]
     for tokens, side in ((batch.student, student), (batch.teacher, teacher)):
         assert (tokens.inputs[1] == side.pad_id).all() and (tokens.weight[1] == 0).all()
         assert (tokens.weight[[0, 2]] > 0).any(axis=1).all()
-    assert (batch.chunks.student_close[1] == -1).all() and (batch.chunks.student_chunk[1] == -1).all()
-    alone = batch_of([pieces[0], pieces[2]], student, teacher, None, 20, 10)[0]
+    assert (batch.chunks.student_chunk_end[1] == -1).all() and (batch.chunks.student_chunk[1] == -1).all()
+    alone = batch_of([pieces[0], pieces[2]], student, teacher, None, 20, 10)
     np.testing.assert_array_equal(batch.chunks.teacher_chunk[[0, 2]], alone.chunks.teacher_chunk)
 
 
@@ -123,17 +124,17 @@ def test_texts_are_normalised_for_both():
     pieces = [plain("caf" + "e\u0301")]
     for student, teacher in (("bytes of llama", "qwen"), ("qwen", "llama")):
         student, teacher = vocabulary(student), vocabulary(teacher)
-        batch, left_out = batch_of(pieces, student, teacher, None, 20, 20)
-        assert left_out.tolist() == [False]
+        batch = batch_of(pieces, student, teacher, None, 20, 20)
+        assert batch.left_out.tolist() == [False]
         for tokens, side in ((batch.student, student), (batch.teacher, teacher)):
             assert side.decode(tokens.inputs[0][tokens.inputs[0] < 256 + 64]) == "caf\u00e9"
 
 
 def test_without_a_teacher():
     student = vocabulary(BYTES)
-    batch, _ = batch_of(PIECES, student, None, None, 12, 99)
-    assert batch.teacher is None and batch.student.ngram is None
-    assert batch.chunks.student_close.shape == (4, 12) and batch.chunks.teacher_chunk.shape == (4, 12)
+    batch = batch_of(PIECES, student, None, None, 12, 99)
+    assert batch.teacher is None and batch.student.suffix is None
+    assert batch.chunks.student_chunk_end.shape == (4, 12) and batch.chunks.teacher_chunk.shape == (4, 12)
     np.testing.assert_array_equal(batch.chunks.student_chunk, batch.chunks.teacher_chunk)
     assert batch.chunks.student_chunk[0].tolist() == [*range(1, 12), -1]
     assert batch.chunks.text_bytes[0].tolist() == [0] + [1] * 11
@@ -146,7 +147,7 @@ TEXTS = st.lists(st.sampled_from(["the", " ", "日本", "\n\n\n", "x", "user", "
 @settings(max_examples=100, deadline=None)
 def test_shapes_depend_on_lengths_only_and_indices_stay_inside(texts, lengths):
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    batch, _ = batch_of([plain(text) for text in texts], student, teacher, longest_suffix(teacher, student), *lengths)
+    batch = batch_of([plain(text) for text in texts], student, teacher, longest_suffix(teacher, student), *lengths)
     rows, capacity = len(texts), min(lengths)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((batch.student, batch.teacher))]
     integer, real = np.dtype(np.int32), np.dtype(np.float32)
@@ -155,11 +156,11 @@ def test_shapes_depend_on_lengths_only_and_indices_stay_inside(texts, lengths):
     ]
     chunks = batch.chunks
     assert chunks.student_chunk.shape == (rows, lengths[0]) and chunks.teacher_chunk.shape == (rows, lengths[1])
-    for side, length in ((chunks.student_close, lengths[0]), (chunks.teacher_close, lengths[1])):
+    for side, length in ((chunks.student_chunk_end, lengths[0]), (chunks.teacher_chunk_end, lengths[1])):
         assert side.shape == (rows, capacity) and side.max() < length and side.dtype == integer
     for row in range(rows):
-        used = (chunks.student_close[row] >= 0).sum()
-        assert used == (chunks.teacher_close[row] >= 0).sum()
+        used = (chunks.student_chunk_end[row] >= 0).sum()
+        assert used == (chunks.teacher_chunk_end[row] >= 0).sum()
         student_targets, teacher_targets = (
             set(c[row].tolist()) - {-1} for c in (chunks.student_chunk, chunks.teacher_chunk)
         )
@@ -171,17 +172,17 @@ def test_shapes_depend_on_lengths_only_and_indices_stay_inside(texts, lengths):
 
 def test_a_batch_of_the_headline_runs_fits_in_2_megabytes():
     student, teacher = vocabulary(BYTES), vocabulary("gemma")
-    batch, _ = batch_of([plain("the user")] * 32, student, teacher, longest_suffix(teacher, student), 2048, 512)
+    batch = batch_of([plain("the user")] * 32, student, teacher, longest_suffix(teacher, student), 2048, 512)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(batch)) <= 2_000_000
 
 
 def test_a_byte_student_of_a_longer_control_list():
     teacher = vocabulary("gemma")
-    student = byte_vocabulary(teacher, [*teacher.template_control, "user", "model"])
-    batch, _ = batch_of([chat("user", "model")], student, teacher, longest_suffix(teacher, student), 30, 30)
-    assert (batch.student.inputs == student.control["user"]).sum() == 1  # in the header only
-    user = batch.student.inputs == student.control["user"]
-    assert teacher.token_bytes[batch.student.ngram[user][0]] == b"user"
+    student = byte_vocabulary(teacher, [*teacher.template_special, "user", "model"])
+    batch = batch_of([chat("user", "model")], student, teacher, longest_suffix(teacher, student), 30, 30)
+    assert (batch.student.inputs == student.special["user"]).sum() == 1  # in the header only
+    user = batch.student.inputs == student.special["user"]
+    assert teacher.token_bytes[batch.student.suffix[user][0]] == b"user"
 
 
 def test_read_ahead_is_in_order_and_ahead():

@@ -23,15 +23,17 @@ from test_convert import compute
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import convert
-from minalm import families, hf
-from minalm.generate import generate
-from minalm.head import Entries
-from minalm.model import Transformer
-from minalm.ngrams import LongestSuffix, longest_suffix
-from minalm.sharding import make_mesh, place
-from minalm.student import load_vocabularies
-from minalm.text import Control, Segment, end_of
-from minalm.vocab import Vocabulary, load_vocabulary
+from minalm.huggingface import weights
+from minalm.huggingface.folder import load_vocabularies
+from minalm.models import transformer
+from minalm.models.generate import generate
+from minalm.models.head import VocabularyMask
+from minalm.models.transformer import Transformer
+from minalm.parallel.mesh import make_mesh, shard
+from minalm.text.documents import Segment, Special, end_of
+from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.vocabulary import Vocabulary
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -114,8 +116,8 @@ def with_tables(name: str, rows: int, loud: list[int]) -> Transformer:
 
     The last norm turns most channels around: else such tokens would repeat themselves for ever.
     """
-    model = hf.load(FIXTURES / name, np.float32)
-    arrays, random = families.leaves(model), np.random.default_rng(3)
+    model = weights.load(FIXTURES / name, np.float32)
+    arrays, random = transformer.leaves(model), np.random.default_rng(3)
     scale = np.ones((rows, 1), np.float32)
     scale[loud] = 2
     for table in ("embed", "unembed"):
@@ -123,7 +125,7 @@ def with_tables(name: str, rows: int, loud: list[int]) -> Transformer:
             size = rows, model.config.embed
             arrays[table] = scale * random.normal(0, model.config.embed**-0.5, size).astype(np.float32)
     arrays["norm"] = random.normal(-0.3 - model.config.norm_plus_one, 1, model.config.embed).astype(np.float32)
-    return families.from_leaves(dataclasses.replace(model.config, vocab_size=rows), arrays)
+    return transformer.from_leaves(dataclasses.replace(model.config, vocab_size=rows), arrays)
 
 
 def write_teacher(folder: Path, name: str) -> Vocabulary:
@@ -133,20 +135,20 @@ def write_teacher(folder: Path, name: str) -> Vocabulary:
     vocabulary = small.make(kind, folder.with_name(f"{folder.name}-tokenizer"), small.CHATS[kind] + asked)
     files = {file.name: file.read_bytes() for file in folder.with_name(f"{folder.name}-tokenizer").iterdir()}
     files["generation_config.json"] = {"do_sample": True, "temperature": 0.7, "top_k": 5}
-    loud = [vocabulary.control[word] for word in vocabulary.template_control]
+    loud = [vocabulary.special[word] for word in vocabulary.template_special]
     model = with_tables(name, vocabulary.size + PADDED, loud)
-    keys = {"max_position_embeddings": 640, "eos_token_id": vocabulary.control[end]}
-    hf.save(folder, model, "float32", keys=keys, files=files)
+    keys = {"max_position_embeddings": 640, "eos_token_id": vocabulary.special[end]}
+    weights.save(folder, model, "float32", keys=keys, files=files)
     return vocabulary
 
 
 def chat(messages: list[dict[str, str]], asked: bool) -> tuple[Segment, ...]:
     """As text.py reads it; `asked`: with the header of an answer."""
-    piece = [Segment(Control("start_of_chat"))]
+    piece = [Segment(Special("start_of_chat"))]
     for number, message in enumerate(messages, start=1):
-        piece += [Segment(Control(part)) for part in ("header_open", message["role"], "header_close")]
+        piece += [Segment(Special(part)) for part in ("header_open", message["role"], "header_close")]
         piece += [Segment(message["content"]), Segment(end_of(message["role"], number == len(messages)))]
-    answer = [Segment(Control(part)) for part in ("header_open", "assistant", "header_close")]
+    answer = [Segment(Special(part)) for part in ("header_open", "assistant", "header_close")]
     return tuple(piece + answer * asked)
 
 
@@ -158,7 +160,7 @@ class Exported:
     model: object  # of transformers
     ours: Transformer
     vocabulary: Vocabulary
-    ngrams: LongestSuffix | None
+    suffixes: LongestSuffix | None
     chat: list[dict[str, str]]
     asked: bool  # whether the template writes something where an answer is asked for
     end: str
@@ -166,7 +168,7 @@ class Exported:
     def logits(self, ids: list[int]) -> np.ndarray:
         """Ours, [time, vocab]."""
         row = np.array([ids], np.int32)
-        return compute(self.ours, row, None if self.ngrams is None else self.ngrams(row))[0]
+        return compute(self.ours, row, None if self.suffixes is None else self.suffixes(row))[0]
 
     def theirs(self, ids: list[int]) -> np.ndarray:
         with torch.no_grad():
@@ -174,10 +176,10 @@ class Exported:
 
     def generate(self, prompts: list[list[int]], new: int, stop: int | None) -> list[list[int]]:
         rows = self.vocabulary.size
-        entries = Entries(np.ones(rows, bool), self.vocabulary.boundary_mask(rows))
+        entries = VocabularyMask(np.ones(rows, bool), self.vocabulary.boundary_mask(rows))
         mesh = make_mesh(1, 1)
         prompts = [np.array(prompt, np.int32) for prompt in prompts]
-        return generate(place(self.ours, mesh), place(entries, mesh), self.ngrams, prompts, new, stop, mesh, FLOAT32)
+        return generate(shard(self.ours, mesh), shard(entries, mesh), self.suffixes, prompts, new, stop, mesh, FLOAT32)
 
 
 def load(folder: Path, trust: bool) -> tuple[object, object]:
@@ -197,12 +199,12 @@ def exported(tmp_path_factory) -> Callable[[str, bool], Exported]:
         original = write_teacher(folder / "teacher", name)
         flags = [] if expansion else ["--no-expansion"]
         run("bytes", folder / "teacher", folder / "out", "--dtype", "float32", *flags)
-        ours, (vocabulary, ngrams) = hf.load(folder / "out", np.float32), load_vocabularies(folder / "out")
+        ours, (vocabulary, suffixes) = weights.load(folder / "out", np.float32), load_vocabularies(folder / "out")
         kind, end = TEACHERS[name]
         messages = ([] if kind in ("gemma", "mistral3") else [SYSTEM]) + TURNS  # these two refuse one
         asked = ASKED[kind] != ""
         both = load(folder / "out", trust=expansion)
-        return Exported(folder / "out", original, *both, ours, vocabulary, ngrams, messages, asked, end)
+        return Exported(folder / "out", original, *both, ours, vocabulary, suffixes, messages, asked, end)
 
     return get
 
@@ -222,7 +224,7 @@ def test_a_chat_has_the_ids_that_we_train_on(exported, name, expansion):
     for messages in (student.chat, student.chat[:-2]):
         found = render(student, messages)
         expected = student.vocabulary.encode([chat(messages, student.asked)])[0]
-        assert expected.spelled and found["input_ids"].tolist() == [expected.ids.tolist()]
+        assert expected.round_trips and found["input_ids"].tolist() == [expected.ids.tolist()]
         assert found["attention_mask"].all() and set(found) == {"input_ids", "attention_mask"}
         assert expected.ids.max() >= 256
     bos = student.vocabulary.part_ids("bos") if student.original.adds_bos else []
@@ -283,7 +285,7 @@ def test_a_padded_batch_is_its_rows_one_by_one(exported, name, expansion):
 
 @each_student
 def test_generation_is_ours(exported, name, expansion):
-    """With control tokens among what is generated, and up to one that ends it."""
+    """With special tokens among what is generated, and up to one that ends it."""
     student = exported(name, expansion)
     asked = [student.chat, student.chat[:-2], [*student.chat[:-3], user("日 all")]]
     inputs = [render(student, messages) for messages in asked]
@@ -311,7 +313,7 @@ def test_generation_stops_where_an_answer_ends(exported, name, expansion):
     """As on the model cards, and by the folder's own settings."""
     student = exported(name, expansion)
     end = student.tokenizer.convert_tokens_to_ids(student.end)
-    assert end == student.vocabulary.control[student.end] and end in student.vocabulary.part_ids("end_of_chat")
+    assert end == student.vocabulary.special[student.end] and end in student.vocabulary.part_ids("end_of_chat")
     settings = student.model.generation_config
     stops = set(settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id])
     assert end in stops and settings.temperature == 0.7 and settings.do_sample and settings.top_k == 5
@@ -350,9 +352,9 @@ def test_a_folder_holds_what_it_needs_and_no_more(exported, name, expansion):
 def test_we_read_the_folder_back(exported, tmp_path, name, expansion):
     """To the same tables, and the map that the teacher's tokenizer gives; exported again, it is the same files."""
     student = exported(name, expansion)
-    teacher = hf.load(student.folder.parent / "teacher", np.float32)
-    found = families.leaves(student.ours)
-    for leaf, array in families.leaves(teacher).items():
+    teacher = weights.load(student.folder.parent / "teacher", np.float32)
+    found = transformer.leaves(student.ours)
+    for leaf, array in transformer.leaves(teacher).items():
         if leaf not in ("embed", "unembed"):
             assert np.array_equal(found[leaf], array), leaf
     settings = {"vocab_size": student.vocabulary.size, "tied": False}
@@ -363,9 +365,9 @@ def test_we_read_the_folder_back(exported, tmp_path, name, expansion):
         random = np.random.default_rng(0)
         rows = random.choice(list("the user model日".encode()) + [256, 257], (4, 200)).astype(np.int32)
         expected = longest_suffix(student.original, student.vocabulary)
-        assert np.array_equal(student.ngrams(rows), expected(rows)) and len(set(expected(rows).ravel())) > 20
+        assert np.array_equal(student.suffixes(rows), expected(rows)) and len(set(expected(rows).ravel())) > 20
     else:
-        assert student.ngrams is None
+        assert student.suffixes is None
     run("export", student.folder, tmp_path / "again", "--dtype", "float32")
     for file in student.folder.iterdir():
         if file.suffix == ".json" and file.name != "tokenizer.json":
@@ -378,42 +380,42 @@ def test_we_read_the_folder_back(exported, tmp_path, name, expansion):
 # --- students on another tokenizer ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("control", ("keep", "change"))
+@pytest.mark.parametrize("special", ("keep", "change"))
 @pytest.mark.parametrize("tied", (True, False))
-def test_a_student_on_another_tokenizer(tmp_path, control, tied):
-    """Llama onto Qwen's kind of BPE: plain transformers, no code."""
+def test_a_student_on_another_tokenizer(tmp_path, special, tied):
+    """Llama onto Qwen's kind of BPE: plain transformers, no code. --control is the older name of the flag."""
     original = write_teacher(tmp_path / "teacher", "llama3")
     write_teacher(tmp_path / "other", "qwen3")
-    flags = ["--control", control, "--tied", tied, "--dtype", "float32"]
+    flags = ["--special-tokens" if tied else "--control", special, "--tied", tied, "--dtype", "float32"]
     run("tokenizer", tmp_path / "teacher", tmp_path / "other-tokenizer", tmp_path / "out", *flags)
     tokenizer, model = load(tmp_path / "out", trust=False)
-    vocabulary, ngrams = load_vocabularies(tmp_path / "out")
-    assert ngrams is None and vocabulary.tokenizer is not None
-    assert set(small.CHATML) <= set(vocabulary.control)
-    assert (set(small.LLAMA) <= set(vocabulary.control)) == (control == "keep")
-    assert (vocabulary.template == original.template) == (control == "keep")
+    vocabulary, suffixes = load_vocabularies(tmp_path / "out")
+    assert suffixes is None and vocabulary.tokenizer is not None
+    assert set(small.CHATML) <= set(vocabulary.special)
+    assert (set(small.LLAMA) <= set(vocabulary.special)) == (special == "keep")
+    assert (vocabulary.template == original.template) == (special == "keep")
     messages = [SYSTEM, *TURNS]
     ids = vocabulary.encode([chat(messages, asked=True)])[0].ids
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    if control == "change":
+    if special == "change":
         assert inputs["input_ids"].tolist() == [ids.tolist()]
     else:  # transformers cuts "\n\n" and the text after it as GPT-2 does, we on their own: the same text at least
         theirs = [tokenizer.decode(each, skip_special_tokens=False) for each in (inputs["input_ids"][0], ids)]
         assert theirs[0] == theirs[1]
         inputs = {"input_ids": torch.tensor(ids[None].astype(np.int64))}
-    ours = hf.load(tmp_path / "out", np.float32)
+    ours = weights.load(tmp_path / "out", np.float32)
     assert ours.config.tied == tied == (ours.unembed is None)
     with torch.no_grad():
         expected = model(**inputs).logits.numpy()
     assert expected.std() > 0.3 and expected.shape[-1] == vocabulary.size
     np.testing.assert_allclose(compute(ours, ids[None], None), expected, rtol=0, atol=1e-4)
-    end = "<|eot_id|>" if control == "keep" else "<|im_end|>"
+    end = "<|eot_id|>" if special == "keep" else "<|im_end|>"
     assert tokenizer.convert_tokens_to_ids(end) in np.atleast_1d(model.generation_config.eos_token_id)
 
 
 # --- the published byte models --------------------------------------------------------------------------------------
 
-# Their control lists are longer: words of the headers have ids as well, as added tokens that are not special.
+# Their special lists are longer: words of the headers have ids as well, as added tokens that are not special.
 PUBLISHED = {
     "gemma2": (
         "gemma",
@@ -435,7 +437,7 @@ LONG = ["abcdefghijklmnopqrstuvwxyz", "9876543210abcdefghij"]  # more than 16 by
 class Published:
     folder: Path
     original: Vocabulary
-    ids: dict[str, int]  # of the control tokens and words
+    ids: dict[str, int]  # of the special tokens and words
     keys: dict[str, int]  # the map
     plain: object  # the family's own class in transformers, with the tensors but the expansion's
     table: object  # the expansion's
@@ -464,7 +466,7 @@ def write_published(folder: Path, family: str, **settings: object) -> Published:
 
     keys = {"": -1}
     for i, token in enumerate(original.token_bytes):
-        names = [word for word in special if original.control[word] == i]
+        names = [word for word in special if original.special[word] == i]
         if names:
             row = [ids[names[0]]]
         elif token.decode(errors="replace") in words:
@@ -550,38 +552,38 @@ def published(tmp_path_factory, request) -> Published:
 
 
 def test_words_of_the_headers_never_come_out_of_text(published):
-    vocabulary, ngrams = load_vocabularies(published.folder)
-    assert vocabulary.tokenizer is None and dict(vocabulary.control) == published.ids
+    vocabulary, suffixes = load_vocabularies(published.folder)
+    assert vocabulary.tokenizer is None and dict(vocabulary.special) == published.ids
     text = "the user said to the model: assistant, system\n\nuser <bos> <|eot_id|>"
-    ids = vocabulary.encode([(Segment(Control("bos")), Segment(text))])[0].ids
+    ids = vocabulary.encode([(Segment(Special("bos")), Segment(text))])[0].ids
     assert ids[-len(text) :].tolist() == list(text.encode()) and len(ids) == len(text) + 1
     header = vocabulary.encode([chat([user("user")], asked=False)])[0].ids.tolist()
     start, stop = header.index(published.ids["user"]), header.index(ord("u"))
     assert header[stop : stop + 4] == list(b"user") and start < stop
     assert header.count(published.ids["user"]) == 1
-    assert ngrams.unread  # tokens that hold such words
+    assert suffixes.unread  # tokens that hold such words
 
 
 def test_a_published_model_computes_what_it_did(published):
-    ours, (vocabulary, ngrams) = hf.load(published.folder, np.float32), load_vocabularies(published.folder)
+    ours, (vocabulary, suffixes) = weights.load(published.folder, np.float32), load_vocabularies(published.folder)
     text = "xyz abcdefghijklmnopqrstuvwxyz the user said é日本 to the model\n\n\tthere"
     ids = vocabulary.encode([chat([user(text)], asked=True)])[0].ids
     expected = plain_logits(published, ids.tolist())
     assert (
         expected.std() > 0.3
-        and np.isin([original - 1 for original in published.keys.values()], ngrams(ids[None])).sum() > 20
+        and np.isin([original - 1 for original in published.keys.values()], suffixes(ids[None])).sum() > 20
     )
-    np.testing.assert_allclose(compute(ours, ids[None], ngrams(ids[None]))[0], expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(compute(ours, ids[None], suffixes(ids[None]))[0], expected, rtol=0, atol=1e-4)
     # A token of more than 16 bytes is found by its last 16.
     [long] = [i for i, token in enumerate(published.original.token_bytes) if token == LONG[0].encode()]
     assert (
-        long in ngrams(ids[None])
+        long in suffixes(ids[None])
         and published.keys[",".join(str(b + 1) for b in LONG[0].encode()[::-1][:16])] == long + 1
     )
 
     rows, mesh = vocabulary.size, make_mesh(1, 1)
-    entries = place(Entries(np.ones(rows, bool), vocabulary.boundary_mask(rows)), mesh)
-    [found] = generate(place(ours, mesh), entries, ngrams, [ids], 12, None, mesh, FLOAT32)
+    entries = shard(VocabularyMask(np.ones(rows, bool), vocabulary.boundary_mask(rows)), mesh)
+    [found] = generate(shard(ours, mesh), entries, suffixes, [ids], 12, None, mesh, FLOAT32)
     for number in range(12):
         assert plain_logits(published, [*ids.tolist(), *found[:number]])[-1].argmax() == found[number]
 
@@ -590,7 +592,7 @@ def test_a_published_model_is_inspected(published, capsys):
     run("inspect", published.folder)
     printed = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
     assert printed["expansion_size"] == str(published.original.size) and printed["tied"] == "False"
-    assert printed["vocabulary"].startswith(f"{256 + len(published.ids)} ids, bytes; control tokens <")
+    assert printed["vocabulary"].startswith(f"{256 + len(published.ids)} ids, bytes; special tokens <")
     assert int(printed["expansion"].split()[0]) > 250
 
 
@@ -606,7 +608,9 @@ def test_a_published_model_is_exported_and_runs_in_transformers(published, tmp_p
     assert new["eos_token_id"] == old["eos_token_id"]
     assert new["max_position_embeddings"] == old["max_position_embeddings"]
     assert set(new["auto_map"].values()) == {f"modeling_minalm.{a.split('.')[1]}" for a in old["auto_map"].values()}
-    assert hf.read_config(tmp_path / "out" / "config.json") == hf.read_config(published.folder / "config.json")
+    assert weights.read_config(tmp_path / "out" / "config.json") == weights.read_config(
+        published.folder / "config.json"
+    )
     old, new = (load_file(folder / "model.safetensors") for folder in (published.folder, tmp_path / "out"))
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     _, model = load(tmp_path / "out", trust=True)
@@ -631,11 +635,11 @@ def test_a_published_llama_with_norms_of_queries_and_keys(tmp_path):
     plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     missing = plain.load_state_dict(held, strict=False)
     assert missing.unexpected_keys == ["model.expand_embed_tokens.weight"] and not missing.missing_keys
-    vocabulary, ngrams = load_vocabularies(published.folder)
+    vocabulary, suffixes = load_vocabularies(published.folder)
     ids = vocabulary.encode([chat([user("the user said é日本 to the model")], asked=True)])[0].ids
     expected = plain_logits(dataclasses.replace(published, plain=plain), ids.tolist())
     assert np.abs(expected - plain_logits(published, ids.tolist())).max() > 0.1  # without these norms
-    found = compute(hf.load(published.folder, np.float32), ids[None], ngrams(ids[None]))[0]
+    found = compute(weights.load(published.folder, np.float32), ids[None], suffixes(ids[None]))[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     run("export", published.folder, tmp_path / "out", "--dtype", "float32")
     _, model = load(tmp_path / "out", trust=True)
@@ -694,7 +698,7 @@ def test_an_untouched_model_stays_as_it_is(tmp_path, name, dtype):
     found = tensors(tmp_path / "out")
     assert found.keys() == held.keys() and {tensor.dtype for tensor in found.values()} == {written}
     assert all(torch.equal(found[name], held[name].to(written)) for name in held)
-    assert hf.read_config(tmp_path / "out" / "config.json") == hf.read_config(source / "config.json")
+    assert weights.read_config(tmp_path / "out" / "config.json") == weights.read_config(source / "config.json")
     new = json.loads((tmp_path / "out" / "config.json").read_text())
     for key in ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id", "max_position_embeddings", "model_type"):
         assert new[key] == values[key], key
@@ -705,10 +709,10 @@ def test_an_untouched_model_stays_as_it_is(tmp_path, name, dtype):
     ).read_bytes()
 
     again = load_vocabularies(tmp_path / "out")[0]
-    assert (again.control, again.template, again.token_bytes) == (
-        *(vocabulary.control, vocabulary.template, vocabulary.token_bytes),
+    assert (again.special, again.template, again.token_bytes) == (
+        *(vocabulary.special, vocabulary.template, vocabulary.token_bytes),
     )
-    pieces = [(Segment(Control("bos")), Segment(text), Segment(Control("eos"))) for text in TEXTS]
+    pieces = [(Segment(Special("bos")), Segment(text), Segment(Special("eos"))) for text in TEXTS]
     assert all(map(np.array_equal, *([e.ids for e in v.encode(pieces)] for v in (again, vocabulary))))
     if dtype == "float32":  # transformers computes the same of both
         both = [
@@ -726,12 +730,12 @@ def test_an_untouched_model_stays_as_it_is(tmp_path, name, dtype):
 def test_real_tokenizers_stay_as_they_are(tmp_path, tokenizer, name):
     vocabulary = load_vocabulary(real_tokenizer(tokenizer))
     files = {file.name: file.read_bytes() for file in real_tokenizer(tokenizer).iterdir()}
-    hf.save(tmp_path / "source", with_tables(name, vocabulary.size + PADDED, []), "bfloat16", files=files)
+    weights.save(tmp_path / "source", with_tables(name, vocabulary.size + PADDED, []), "bfloat16", files=files)
     run("export", tmp_path / "source", tmp_path / "out")
     old, new = (tensors(folder) for folder in (tmp_path / "source", tmp_path / "out"))
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     again = load_vocabularies(tmp_path / "out")[0]
-    pieces = [(Segment(Control("bos")), Segment(text), Segment(Control("eos"))) for text in TEXTS]
+    pieces = [(Segment(Special("bos")), Segment(text), Segment(Special("eos"))) for text in TEXTS]
     assert all(map(np.array_equal, *([e.ids for e in v.encode(pieces)] for v in (again, vocabulary))))
     theirs = [
         transformers.PreTrainedTokenizerFast.from_pretrained(folder)

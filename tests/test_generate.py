@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import logits
 
-from minalm import layers, sharding
-from minalm.evaluate import measure
-from minalm.generate import generate, sample
-from minalm.head import Entries
-from minalm.model import ModelConfig, Rope, Transformer, initialize
-from minalm.sharding import ROWS, P, make_mesh, place, specs
+from minalm.evaluation.bits_per_byte import measure
+from minalm.models.config import ModelConfig, Rope
+from minalm.models.generate import generate, sample
+from minalm.models.head import VocabularyMask
+from minalm.models.transformer import Transformer, initialize
+from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
 from minalm.types import AlignedChunks, Batch, Tokens
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -38,7 +39,7 @@ CONFIG = ModelConfig(
     expansion_size=28,
 )
 LONGEST, NEW = 7, 6
-ENTRIES = Entries(np.arange(44) < 40, np.arange(44) % 5 == 2)
+ENTRIES = VocabularyMask(np.arange(44) < 40, np.arange(44) % 5 == 2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,24 +56,19 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
     return jax.tree.map(lambda leaf: 12.0 * leaf if leaf.ndim > 1 and leaf.std() > 0 else leaf, model)
 
 
-def ngrams(ids):
+def suffixes(ids):
     """Any causal function of the ids."""
     before = np.pad(ids, ((0, 0), (1, 0)))[:, :-1]
     return ((3 * ids + 5 * before) % 28).astype(np.int32)
 
 
 @functools.cache
-def forward(config: ModelConfig):
+def whole_pass(config: ModelConfig):
     """Logits at all positions of rows of fixed length, on one device, without a cache."""
-
-    def run(model, inputs, ngram):
-        hidden = model.finish(model.trunk(inputs, ngram, None, FLOAT32)[0])
-        logits = jnp.einsum("bte,ve->btv", hidden, sharding.gather_channels(model.unembedding, FLOAT32))
-        return layers.softcap(logits, config.final_softcap)
 
     mesh = make_mesh(1, 1)
     layout = specs(initialize(config, jax.random.key(0)), mesh)
-    mapped = sharding.on_mesh(run, mesh=mesh, in_specs=(layout, ROWS, ROWS), out_specs=P("fsdp", None, "tp"))
+    mapped = shard_map(logits, mesh=mesh, in_specs=(layout, ROWS, ROWS), out_specs=P("fsdp", None, "tp"))
     return jax.jit(mapped)
 
 
@@ -83,7 +79,7 @@ def greedy(model, prompts, expanded):
         for _ in range(NEW):
             padded = np.zeros((1, LONGEST + NEW), np.int32)
             padded[0, : len(ids)] = ids
-            logits = forward(model.config)(model, padded, ngrams(padded) if expanded else padded)[0, len(ids) - 1]
+            logits = whole_pass(model.config)(model, padded, suffixes(padded) if expanded else padded)[0, len(ids) - 1]
             ids.append(int(np.argmax(logits[:40])))  # rows from 40 on are padding
         rows.append(ids[len(prompt) :])
     return rows
@@ -102,7 +98,7 @@ def test_greedy_continuations_are_those_of_whole_passes(expanded, fsdp, tp):
     assert len({token for row in expected for token in row}) > 5
     mesh = make_mesh(fsdp, tp)
     found = generate(
-        place(model, mesh), place(ENTRIES, mesh), ngrams if expanded else None, PROMPTS, NEW, None, mesh, FLOAT32
+        shard(model, mesh), shard(ENTRIES, mesh), suffixes if expanded else None, PROMPTS, NEW, None, mesh, FLOAT32
     )
     assert found == expected
 
@@ -110,7 +106,7 @@ def test_greedy_continuations_are_those_of_whole_passes(expanded, fsdp, tp):
 def test_rows_are_independent_and_stop():
     """Prompts of unequal lengths together give what each gives alone; a number of rows that no mesh divides."""
     model, mesh = random_model(CONFIG), make_mesh(2, 2)
-    arguments = place(model, mesh), place(ENTRIES, mesh), ngrams
+    arguments = shard(model, mesh), shard(ENTRIES, mesh), suffixes
     together = generate(*arguments, PROMPTS[:3], NEW, None, mesh, FLOAT32)
     alone = [generate(*arguments, [prompt], NEW, None, mesh, FLOAT32)[0] for prompt in PROMPTS[:2]]
     assert together[:2] == alone and len(together) == 3
@@ -133,7 +129,7 @@ def test_samples_follow_the_probabilities():
 
 def test_the_same_seed_gives_the_same_samples():
     model, mesh = random_model(CONFIG), make_mesh(1, 1)
-    arguments = place(model, mesh), place(ENTRIES, mesh), ngrams, PROMPTS, NEW, None, mesh, FLOAT32
+    arguments = shard(model, mesh), shard(ENTRIES, mesh), suffixes, PROMPTS, NEW, None, mesh, FLOAT32
     first = generate(*arguments, temperature=1.0, seed=1)
     assert first == generate(*arguments, temperature=1.0, seed=1)
     assert first != generate(*arguments, temperature=1.0, seed=2)
@@ -143,7 +139,7 @@ def test_the_same_seed_gives_the_same_samples():
 # --- measures -----------------------------------------------------------------------------------------------------
 
 TEACHER = dataclasses.replace(CONFIG, vocab_size=52, expansion_size=None, tied=True)
-TEACHER_ENTRIES = Entries(np.arange(52) < 51, np.arange(52) % 5 == 2)
+TEACHER_ENTRIES = VocabularyMask(np.arange(52) < 51, np.arange(52) % 5 == 2)
 STUDENT_TIME = LONGEST + NEW
 ROWS_OF_BATCH = 4
 
@@ -152,23 +148,26 @@ def random_batch(seed: int, teacher: bool = True) -> Batch:
     random = np.random.default_rng(seed)
     rows, time = ROWS_OF_BATCH, STUDENT_TIME
 
-    def tokens(vocabulary, ngram):
+    def tokens(vocabulary, suffix):
         ids = random.integers(0, vocabulary, (rows, time + 1)).astype(np.int32)
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        return Tokens(inputs, targets, np.ones((rows, time), np.float32), ngrams(inputs) if ngram else None)
+        return Tokens(inputs, targets, np.ones((rows, time), np.float32), suffixes(inputs) if suffix else None)
 
     chunk = np.sort(random.integers(-1, 6, (2, rows, time)), axis=2).astype(np.int32)
-    close = np.stack([[[np.flatnonzero(np.append(row == n, True))[0] for n in range(6)] for row in c] for c in chunk])
-    close = np.minimum(close, time - 1).astype(np.int32)
+    chunk_end = np.stack(
+        [[[np.flatnonzero(np.append(row == n, True))[0] for n in range(6)] for row in c] for c in chunk]
+    )
+    chunk_end = np.minimum(chunk_end, time - 1).astype(np.int32)
     text_bytes = random.integers(0, 4, (rows, 6)).astype(np.int32)
     before = np.zeros((rows, 6), bool)
-    chunks = AlignedChunks(chunk[0], chunk[1 if teacher else 0], close[0], close[1], before, text_bytes)
-    return Batch(tokens(40, True), tokens(51, False) if teacher else None, chunks)
+    chunks = AlignedChunks(chunk[0], chunk[1 if teacher else 0], chunk_end[0], chunk_end[1], before, text_bytes)
+    left_out = np.zeros(rows, bool)
+    return Batch(tokens(40, True), tokens(51, False) if teacher else None, chunks, left_out)
 
 
 def plain_logp(model, entries, tokens):
-    ngram = tokens.inputs if tokens.ngram is None else tokens.ngram
-    logits = np.asarray(forward(model.config)(model, tokens.inputs, ngram), np.float64)
+    suffix = tokens.inputs if tokens.suffix is None else tokens.suffix
+    logits = np.asarray(whole_pass(model.config)(model, tokens.inputs, suffix), np.float64)
     logits = np.where(entries.exists, logits, -np.inf)
     total = np.log(np.exp(logits).sum(-1))
     return np.take_along_axis(logits, tokens.targets[..., None].astype(int), -1)[..., 0] - total
@@ -179,7 +178,7 @@ def test_measures(fsdp, tp):
     student, teacher = random_model(CONFIG), random_model(TEACHER, 1)
     batches = [random_batch(seed) for seed in range(2)]
     mesh = make_mesh(fsdp, tp)
-    placed = [place(part, mesh) for part in (student, teacher, ENTRIES, TEACHER_ENTRIES)]
+    placed = [shard(part, mesh) for part in (student, teacher, ENTRIES, TEACHER_ENTRIES)]
     found = measure(*placed, batches, mesh, FLOAT32)
 
     nats, size, differences = np.zeros(2), 0, []
@@ -202,7 +201,7 @@ def test_measures(fsdp, tp):
 def test_measures_without_a_teacher():
     student, mesh = random_model(CONFIG), make_mesh(1, 1)
     batch = random_batch(3, teacher=False)
-    found = measure(place(student, mesh), None, place(ENTRIES, mesh), None, [batch], mesh, FLOAT32)
+    found = measure(shard(student, mesh), None, shard(ENTRIES, mesh), None, [batch], mesh, FLOAT32)
     logp = plain_logp(student, ENTRIES, batch.student)
     nats, size = 0.0, 0
     for row, chunk in np.ndindex(ROWS_OF_BATCH, 6):

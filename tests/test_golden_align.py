@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from real_tokenizers import real_tokenizer
 from test_align import walk
-from test_ngrams import search
+from test_suffixes import search
 
-from minalm.align import align
-from minalm.ngrams import longest_suffix
-from minalm.text import Control, Piece, Segment
-from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
+from minalm.text.documents import Piece, Segment, Special
+from minalm.tokenization.align import align
+from minalm.tokenization.suffixes import longest_suffix
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
 
 pytestmark = pytest.mark.real
 
@@ -27,24 +28,24 @@ GEMMA, LLAMA, QWEN = "gemma2->byte", "llama3->byte", "llama3->qwen_as_llama3"
 
 IDS = {"teacher ids", "teacher chunks", "student chunks"}
 LONG = "a token of more than 16 bytes was found by its last 16: ours are the tokens of at most 16 bytes"
-BREAKS = "a newline, which spells a control part of Gemma, was split off runs of newlines: ours are Gemma's own tokens"
-BLANK = "a blank line, which spells a control part of Llama 3, became one token of the byte vocabulary: ours are bytes"
-CONTROL = "text that looks like a control token, or like a word of the template, became one: ours stays text"
-COMPOSED = "Qwen's normaliser (NFC) was left out: ours acts on the text that both sides read"
+BREAKS = "a newline, which spells a special part of Gemma, was split off runs of newlines: ours are Gemma's own tokens"
+BLANK = "a blank line, which spells a special part of Llama 3, became one token of the byte vocabulary: ours are bytes"
+SPECIAL = "text that looks like a special token, or like a word of the template, became one: ours stays text"
+COMPOSED = "Qwen's normalizer (NFC) was left out: ours acts on the text that both sides read"
 DIFFERENT = {
     (GEMMA, "leading_spaces_long"): ({"expanded"}, LONG),
     (GEMMA, "code_indent_runs"): ({"expanded"}, LONG),
     (GEMMA, "lf_runs"): (IDS, BREAKS),
     (GEMMA, "japanese_prose"): (IDS | {"expanded"}, f"{BREAKS}; {LONG}"),
     (GEMMA, "russian_prose"): (IDS | {"expanded"}, f"{BREAKS}; {LONG}"),
-    (GEMMA, "looks_special"): (IDS | {"student ids", "expanded"}, CONTROL),
+    (GEMMA, "looks_special"): (IDS | {"student ids", "expanded"}, SPECIAL),
     (LLAMA, "leading_spaces_long"): ({"expanded"}, LONG),
     (LLAMA, "code_indent_runs"): ({"expanded"}, LONG),
     (LLAMA, "lf_runs"): ({"student ids", "student chunks", "expanded"}, BLANK),
     (LLAMA, "japanese_prose"): ({"student ids", "student chunks", "expanded"}, f"{BLANK}; {LONG}"),
     (LLAMA, "russian_prose"): ({"student ids", "student chunks", "expanded"}, f"{BLANK}; {LONG}"),
-    (LLAMA, "looks_special"): (IDS | {"student ids", "expanded"}, CONTROL),
-    (QWEN, "looks_special"): (IDS | {"student ids"}, CONTROL),
+    (LLAMA, "looks_special"): (IDS | {"student ids", "expanded"}, SPECIAL),
+    (QWEN, "looks_special"): (IDS | {"student ids"}, SPECIAL),
     (QWEN, "combining"): (IDS | {"student ids"}, COMPOSED),
 }
 PARTS = {"start_header": "header_open", "end_header": "header_close", "eot": "end_of_turn"}
@@ -57,14 +58,14 @@ def loaded(name: str) -> Vocabulary:
 
 
 def vocabularies(pair: str) -> tuple[Vocabulary, Vocabulary]:
-    """(student, teacher). The recorded byte vocabularies have the words of the template after the control tokens."""
+    """(student, teacher). The recorded byte vocabularies have the words of the template after the special tokens."""
     teacher = loaded("gemma2" if pair == GEMMA else "llama3")
     if pair == QWEN:
-        return with_control(loaded("qwen3"), teacher), teacher
+        return with_special_tokens(loaded("qwen3"), teacher), teacher
     listed = GOLDEN["byte_vocabularies"]["gemma2_byte" if pair == GEMMA else "llama3_byte"]
     words = ["model", "user"] if pair == GEMMA else ["assistant", "system", "user", "\n\n"]
     student = byte_vocabulary(teacher, [*sorted(listed["special_tokens"]), *words])
-    assert [student.control[token] for token in listed["special_tokens"]] == listed["special_ids"]
+    assert [student.special[token] for token in listed["special_tokens"]] == listed["special_ids"]
     assert student.size == listed["size"] and student.pad_id == listed["pad"] and student.eos_id == listed["eos"]
     return student, teacher
 
@@ -74,7 +75,7 @@ def read(prompt: str, *sides: Vocabulary) -> Piece:
     segments = []
     for index, part in enumerate(re.split(r"<\|<(\w+)>\|>", prompt)):
         if index % 2:
-            segments.append(Segment(Control(PARTS.get(part, part))))
+            segments.append(Segment(Special(PARTS.get(part, part))))
         elif part:
             for side in sides:
                 part = side.normalize(part)
@@ -94,7 +95,7 @@ def test_recorded_alignment(pair, name):
     lengths = golden["smax"], golden["tmax"]
     piece = read(TEXTS[name]["prompt"], teacher, student)
     (ours,), (theirs,) = student.encode([piece]), teacher.encode([piece])
-    assert ours.spelled and theirs.spelled
+    assert ours.round_trips and theirs.round_trips
     ours, theirs = ours.cut(lengths[0]), theirs.cut(lengths[1])
     aligned = align(ours, theirs)
 
@@ -113,10 +114,10 @@ def test_recorded_alignment(pair, name):
         assert encoding.ids.tolist() == alone(side, piece)[: len(encoding.ids)]
     chunks, closes = walk(piece, student, teacher, lengths)
     assert [aligned.student_chunk.tolist(), aligned.teacher_chunk.tolist()] == chunks
-    assert [aligned.student_close.tolist(), aligned.teacher_close.tolist()] == closes
+    assert [aligned.student_chunk_end.tolist(), aligned.teacher_chunk_end.tolist()] == closes
     if pair != QWEN:
         original = {token: i for token, i in teacher.id_of_bytes.items() if len(token) <= 16}
-        assert values["expanded"][0] == search(ours.ids.tolist(), original, original_control(student, teacher))
+        assert values["expanded"][0] == search(ours.ids.tolist(), original, original_special(student, teacher))
 
 
 @cache
@@ -125,16 +126,16 @@ def expansion(pair: str):
     return longest_suffix(teacher, student)
 
 
-def original_control(student: Vocabulary, teacher: Vocabulary) -> dict[int, int]:
-    ids = {**{word: i for word, i in teacher.control.items()}}
-    return {i: ids.get(word, teacher.id_of_bytes.get(word.encode())) for word, i in student.control.items()}
+def original_special(student: Vocabulary, teacher: Vocabulary) -> dict[int, int]:
+    ids = {**{word: i for word, i in teacher.special.items()}}
+    return {i: ids.get(word, teacher.id_of_bytes.get(word.encode())) for word, i in student.special.items()}
 
 
 def alone(side: Vocabulary, piece: Piece) -> list[int]:
     """What the tokenizer itself gives for each text on its own, and the parts of the template between."""
     ids = []
     for content, _ in piece:
-        if isinstance(content, Control):
+        if isinstance(content, Special):
             ids += side.part_ids(content.part)
         elif side.tokenizer is None:
             ids += content.encode()
@@ -155,6 +156,6 @@ def test_every_real_tokenizer_spells_every_recorded_text(name):
         "\0\x04\U0010ffff",
     ]
     for text, encoding in zip(texts, ours.encode([(Segment(text),) for text in texts]), strict=True):
-        assert encoding.spelled
+        assert encoding.round_trips
         assert ours.decode(encoding.ids) == text
-        assert not set(encoding.ids.tolist()) & set(ours.control.values())
+        assert not set(encoding.ids.tolist()) & set(ours.special.values())

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from whole_batch import alm, latents, next_token
 
-from minalm import losses
-from minalm.gradmag import magnitude_weights
-from minalm.head import Entries, token_stats
-from minalm.losses import LossConfig, chunk_sums
-from minalm.sharding import P, make_mesh, on_mesh, rows_sum
+from minalm.distill import divergences
+from minalm.distill.chunks import chunk_sums
+from minalm.distill.gradmag import magnitude_weights
+from minalm.distill.losses import LossConfig
+from minalm.models.head import VocabularyMask, token_stats
+from minalm.parallel.collectives import fsdp_sum
+from minalm.parallel.mesh import P, make_mesh, shard_map
 from minalm.types import AlignedChunks
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
@@ -36,7 +38,7 @@ NORMS = ["l2_channelwise", "l2", "l1", "l1_channelwise"]
 
 def on_one_device(function):
     """The function, compiled, inside shard_map, where its collectives have meaning."""
-    return jax.jit(on_mesh(function, mesh=make_mesh(1, 1), in_specs=P(), out_specs=P()))
+    return jax.jit(shard_map(function, mesh=make_mesh(1, 1), in_specs=P(), out_specs=P()))
 
 
 class Case:
@@ -58,7 +60,7 @@ class Case:
 
     def aligned(self, read, masked):
         count = max(read(f"{side}_chunk").max() for side in ("student", "teacher")) + 1
-        target_chunk, close, seen = {}, {}, {}
+        target_chunk, chunk_end, seen = {}, {}, {}
         for side in ("student", "teacher"):
             chunk = read(f"{side}_chunk")
             chunk = np.where(read(f"{side}_mask"), chunk, -1) if masked else chunk
@@ -67,13 +69,13 @@ class Case:
             seen[side] = member.any(1)
             last = chunk.shape[1] - 1 - member[:, ::-1].argmax(1)
             last = np.where(seen[side], last, 0 if masked else -1).astype(np.int32)
-            close[side] = np.pad(last, ((0, 0), (0, CHUNKS - count)), constant_values=-1)
-        unused = np.zeros(close["student"].shape, np.int32)  # these losses read neither field
+            chunk_end[side] = np.pad(last, ((0, 0), (0, CHUNKS - count)), constant_values=-1)
+        unused = np.zeros(chunk_end["student"].shape, np.int32)  # these losses read neither field
         return AlignedChunks(
             student_chunk=target_chunk["student"],
             teacher_chunk=target_chunk["teacher"],
-            student_close=close["student"],
-            teacher_close=close["teacher"],
+            student_chunk_end=chunk_end["student"],
+            teacher_chunk_end=chunk_end["teacher"],
             before_space=unused > 0,
             text_bytes=unused,
         )
@@ -84,7 +86,7 @@ case_of = cache(Case)
 
 def stats(side, logits, targets):
     size = logits.shape[-1]
-    entries = Entries(exists=jnp.ones(size, bool), boundary=jnp.array(GOLDEN[f"boundary_{side}"]))
+    entries = VocabularyMask(exists=jnp.ones(size, bool), boundary=jnp.array(GOLDEN[f"boundary_{side}"]))
     return token_stats(logits, targets, jnp.eye(size, dtype=logits.dtype), entries, None)
 
 
@@ -128,13 +130,13 @@ def assert_near(ours, golden, scale=1.0):
 
 @on_one_device
 def teacher_boundary(logits, targets, chunks):
-    return rows_sum(chunk_sums(stats("teacher", logits, targets), chunks.teacher_chunk, chunks.teacher_close)[2])
+    return fsdp_sum(chunk_sums(stats("teacher", logits, targets), chunks.teacher_chunk, chunks.teacher_chunk_end)[2])
 
 
 def alm_as_recorded(student, teacher, chunks, config):
     with pytest.MonkeyPatch.context() as patch:
         if config.divergence == "renyi":
-            patch.setattr(losses, "log_one_minus_exp", lambda x: jnp.log1p(-jnp.exp(x)))
+            patch.setattr(divergences, "log_one_minus_exp", lambda x: jnp.log1p(-jnp.exp(x)))
         return alm(student, teacher, chunks, config)
 
 
@@ -201,12 +203,15 @@ def test_next_token(number):
 @on_one_device
 def latents_and_gradient(states, chunks):
     """[layers, norm], and the gradient of the first norm of all layers"""
-    counted = (chunks.student_close >= 0) & (chunks.teacher_close >= 0)
-    close = [jnp.maximum(close, 0)[None, :, :, None] for close in (chunks.student_close, chunks.teacher_close)]
+    counted = (chunks.student_chunk_end >= 0) & (chunks.teacher_chunk_end >= 0)
+    chunk_end = [
+        jnp.maximum(chunk_end, 0)[None, :, :, None]
+        for chunk_end in (chunks.student_chunk_end, chunks.teacher_chunk_end)
+    ]
 
     def value(student_states, layers, norm):
-        picked = [jnp.take_along_axis(s, c, axis=2)[layers] for s, c in zip((student_states, states[1]), close)]
-        return latents(*picked, counted, norm)
+        picked = [jnp.take_along_axis(s, c, axis=2)[layers] for s, c in zip((student_states, states[1]), chunk_end)]
+        return latents(*(states.swapaxes(0, 1) for states in picked), counted, norm)
 
     choices = slice(-1, None), slice(None)
     values = jnp.stack([jnp.stack([value(states[0], layers, norm) for norm in NORMS]) for layers in choices])

@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 from real_models import real_model
 from safetensors import safe_open
 
-from minalm import families, hf, sharding
-from minalm.families import Place
-from minalm.model import LinearScaling, Llama3Scaling, ModelConfig, Rope, Transformer, YarnScaling, initialize
-from minalm.text import InputError
+from minalm.errors import InputError
+from minalm.huggingface import families, weights
+from minalm.huggingface.families import TensorMap
+from minalm.models import transformer
+from minalm.models.config import LinearScaling, Llama3Scaling, ModelConfig, Rope, YarnScaling
+from minalm.models.transformer import Transformer, initialize
+from minalm.parallel.mesh import make_mesh, shard, shardings, specs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BFLOAT16 = families.DTYPES["bfloat16"]
@@ -53,7 +56,7 @@ GEMMA = ModelConfig(
 )
 CONFIGS = {
     **{
-        name: hf.read_config(FIXTURES / name / "config.json")
+        name: weights.read_config(FIXTURES / name / "config.json")
         for name in ("gemma3", "mistral", "qwen2", "qwen2_yarn", "qwen3", "olmo2", "olmo3")
     },
     "llama": LLAMA,
@@ -252,16 +255,16 @@ MISTRAL = {
 
 def random_model(config: ModelConfig) -> Transformer:
     """Norms included, so that each tensor differs from every other."""
-    shapes = families.leaves(families.abstract(config))
+    shapes = transformer.leaves(transformer.abstract(config))
     random = np.random.default_rng(0)
-    return families.from_leaves(
+    return transformer.from_leaves(
         config, {leaf: random.normal(size=s.shape).astype(np.float32) for leaf, s in shapes.items()}
     )
 
 
 def read(folder: Path, values: dict) -> ModelConfig:
     (folder / "config.json").write_text(json.dumps(values))
-    return hf.read_config(folder / "config.json")
+    return weights.read_config(folder / "config.json")
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -276,15 +279,15 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
 
 def assert_same(first: Transformer, second: Transformer) -> None:
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    for leaf, array in families.leaves(first).items():
-        other = families.leaves(second)[leaf]
+    for leaf, array in transformer.leaves(first).items():
+        other = transformer.leaves(second)[leaf]
         assert array.dtype == other.dtype and np.array_equal(array, other), leaf
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model with both tables, to be damaged."""
-    hf.save(tmp_path / "model", random_model(LLAMA), "float32")
+    weights.save(tmp_path / "model", random_model(LLAMA), "float32")
     return tmp_path / "model"
 
 
@@ -294,8 +297,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_round_trip_keeps_every_bit(tmp_path, config):
     model = random_model(config)
-    hf.save(tmp_path / "model", model, "float32")
-    assert_same(hf.load(tmp_path / "model", np.float32), model)
+    weights.save(tmp_path / "model", model, "float32")
+    assert_same(weights.load(tmp_path / "model", np.float32), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]  # nothing temporary is left
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
     assert len(modes) == 1
@@ -304,7 +307,7 @@ def test_round_trip_keeps_every_bit(tmp_path, config):
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
 def test_files_of_transformers_come_out_again(tmp_path, name):
     """The tensors that torch wrote: same names, shapes, bits."""
-    hf.save(tmp_path / "model", hf.load(FIXTURES / name, np.float32), "bfloat16")
+    weights.save(tmp_path / "model", weights.load(FIXTURES / name, np.float32), "bfloat16")
     found = tensors_of(tmp_path / "model" / "model.safetensors")
     expected = {}
     for file in (FIXTURES / name).glob("*.safetensors"):
@@ -313,16 +316,18 @@ def test_files_of_transformers_come_out_again(tmp_path, name):
     for tensor, value in expected.items():
         assert found[tensor].dtype == value.dtype == families.DTYPES["bfloat16"]
         assert np.array_equal(found[tensor], value), tensor
-    assert hf.read_config(tmp_path / "model" / "config.json") == hf.read_config(FIXTURES / name / "config.json")
+    assert weights.read_config(tmp_path / "model" / "config.json") == weights.read_config(
+        FIXTURES / name / "config.json"
+    )
     with safe_open(tmp_path / "model" / "model.safetensors", framework="numpy") as tensors:
         assert tensors.metadata() == {"format": "pt"}
 
 
 def test_bfloat16_rounds_once(tmp_path):
     model = random_model(GEMMA)
-    hf.save(tmp_path / "model", model, "bfloat16")
-    rounded = families.leaves(hf.load(tmp_path / "model", families.DTYPES["bfloat16"]))
-    for leaf, array in families.leaves(model).items():
+    weights.save(tmp_path / "model", model, "bfloat16")
+    rounded = transformer.leaves(weights.load(tmp_path / "model", families.DTYPES["bfloat16"]))
+    for leaf, array in transformer.leaves(model).items():
         assert np.array_equal(rounded[leaf], array.astype(families.DTYPES["bfloat16"]))
 
 
@@ -331,12 +336,12 @@ def test_float16_files(tmp_path, folder):
     halves = {name: tensor.astype(np.float16) for name, tensor in tensors_of(file).items()}
     safetensors.numpy.save_file(halves, file)
     expected = halves["model.layers.1.mlp.down_proj.weight"].T.astype(np.float32)
-    assert np.array_equal(hf.load(folder, np.float32).blocks.mlp.down[1], expected)
+    assert np.array_equal(weights.load(folder, np.float32).blocks.mlp.down[1], expected)
 
 
 def test_layout_of_the_projections(folder):
     """Head h, channel d of a query is row h * head_dim + d of torch's matrix; of the output projection, its column."""
-    stored, model = tensors_of(folder / "model.safetensors"), hf.load(folder, np.float32)
+    stored, model = tensors_of(folder / "model.safetensors"), weights.load(folder, np.float32)
     q = stored["model.layers.1.self_attn.q_proj.weight"]
     o = stored["model.layers.2.self_attn.o_proj.weight"]
     assert q.shape == (60, 24) and o.shape == (24, 60)
@@ -346,21 +351,21 @@ def test_layout_of_the_projections(folder):
 
 def test_initial_parameters_can_be_saved(tmp_path):
     """Arrays on a device as well as on the host."""
-    hf.save(tmp_path / "model", initialize(LLAMA, jax.random.key(0)), "float32")
-    assert hf.load(tmp_path / "model", np.float32).config == LLAMA
+    weights.save(tmp_path / "model", initialize(LLAMA, jax.random.key(0)), "float32")
+    assert weights.load(tmp_path / "model", np.float32).config == LLAMA
 
 
-def test_rows_past_the_vocabularies_are_cut(tmp_path):
+def test_rows_past_the_vocabulary_are_cut(tmp_path):
     model = random_model(CONFIGS["gemma2 with expansion"])
-    hf.save(tmp_path / "model", model, "float32", vocabulary_size=51, expansion_size=70)
-    loaded = hf.load(tmp_path / "model", np.float32)
-    assert (loaded.config.vocab_size, loaded.config.expansion_size) == (51, 70)
-    for leaf, size in (("embed", 51), ("unembed", 51), ("expansion", 70)):
-        assert np.array_equal(families.leaves(loaded)[leaf], families.leaves(model)[leaf][:size])
+    weights.save(tmp_path / "model", model, "float32", vocabulary_size=51)
+    loaded = weights.load(tmp_path / "model", np.float32)
+    assert (loaded.config.vocab_size, loaded.config.expansion_size) == (51, 78)
+    for leaf, size in (("embed", 51), ("unembed", 51), ("expansion", 78)):
+        assert np.array_equal(transformer.leaves(loaded)[leaf], transformer.leaves(model)[leaf][:size])
 
 
 def test_expansion_keys(tmp_path):
-    hf.save(tmp_path / "model", random_model(CONFIGS["gemma2 with expansion"]), "float32")
+    weights.save(tmp_path / "model", random_model(CONFIGS["gemma2 with expansion"]), "float32")
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     assert values["expand_input_ids"] is True
     assert values["expand_input_ids_maxlen"] == 16 and values["expand_input_ids_vocab_size"] == 78
@@ -372,7 +377,7 @@ def test_expansion_keys(tmp_path):
 
 def test_further_files_and_keys(tmp_path):
     files = {"a.json": {"x": "é"}, "b.bin": b"\x00\x01"}
-    hf.save(tmp_path / "new" / "model", random_model(LLAMA), "float32", keys={"bos_token_id": 5}, files=files)
+    weights.save(tmp_path / "new" / "model", random_model(LLAMA), "float32", keys={"bos_token_id": 5}, files=files)
     written = tmp_path / "new" / "model"
     assert json.loads((written / "a.json").read_text("utf-8")) == {"x": "é"}
     assert (written / "b.bin").read_bytes() == b"\x00\x01"
@@ -382,16 +387,16 @@ def test_further_files_and_keys(tmp_path):
 def test_save_refuses_what_exists(folder):
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="model exists already"):
-        hf.save(folder, random_model(GEMMA), "float32")
+        weights.save(folder, random_model(GEMMA), "float32")
     assert (folder / "model.safetensors").read_bytes() == before
     (folder.parent / "empty").mkdir()
     with pytest.raises(InputError, match="empty exists already"):
-        hf.save(folder.parent / "empty", random_model(GEMMA), "float32")
+        weights.save(folder.parent / "empty", random_model(GEMMA), "float32")
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        hf.save(tmp_path / "model", random_model(LLAMA), "float32", files={"a.json": {"x": object()}})
+        weights.save(tmp_path / "model", random_model(LLAMA), "float32", files={"a.json": {"x": object()}})
     assert not list(tmp_path.iterdir())
 
 
@@ -409,7 +414,7 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 )
 def test_save_refuses_what_no_family_expresses(tmp_path, changes):
     with pytest.raises(InputError, match="no Hugging Face model type"):
-        hf.save(tmp_path / "model", random_model(dataclasses.replace(LLAMA, **changes)), "float32")
+        weights.save(tmp_path / "model", random_model(dataclasses.replace(LLAMA, **changes)), "float32")
     assert not list(tmp_path.iterdir())
 
 
@@ -419,14 +424,14 @@ def test_save_refuses_what_no_family_expresses(tmp_path, changes):
 @pytest.mark.parametrize("mesh", ((8, 1), (4, 2), (1, 2)), ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_devices_get_their_slices_from_the_file(tmp_path, config, mesh):
-    model, mesh = random_model(config), sharding.make_mesh(*mesh)
-    hf.save(tmp_path / "model", model, "float32")
-    stored, loaded = hf.read(tmp_path / "model"), hf.load(tmp_path / "model", np.float32)
-    assert all(isinstance(leaf, hf.Stored) for leaf in families.leaves(stored).values())
-    layouts = families.leaves(sharding.shardings(sharding.specs(model, mesh), mesh))
+    model, mesh = random_model(config), make_mesh(*mesh)
+    weights.save(tmp_path / "model", model, "float32")
+    stored, loaded = weights.read(tmp_path / "model"), weights.load(tmp_path / "model", np.float32)
+    assert all(isinstance(leaf, weights.LazyTensor) for leaf in transformer.leaves(stored).values())
+    layouts = transformer.leaves(shardings(specs(model, mesh), mesh))
     for dtype in (None, np.float32, BFLOAT16):
-        read, placed = (families.leaves(sharding.place(source, mesh, dtype)) for source in (stored, loaded))
-        for leaf, array in families.leaves(model).items():
+        read, placed = (transformer.leaves(shard(source, mesh, dtype)) for source in (stored, loaded))
+        for leaf, array in transformer.leaves(model).items():
             expected = jax.device_put(array.astype(dtype or np.float32), layouts[leaf])
             for found in (read[leaf], placed[leaf]):
                 assert found.dtype == expected.dtype and found.sharding == expected.sharding, leaf
@@ -449,14 +454,14 @@ class Counted:
 
 @pytest.mark.parametrize("mesh", ((8, 1), (4, 2), (1, 2)), ids=str)
 def test_every_number_is_read_once(tmp_path, mesh):
-    hf.save(tmp_path / "model", random_model(CONFIGS["gemma2 with expansion"]), "float32")
+    weights.save(tmp_path / "model", random_model(CONFIGS["gemma2 with expansion"]), "float32")
     read: list[int] = []
     model = jax.tree.map(
         lambda leaf: dataclasses.replace(leaf, tensors=tuple(Counted(tensor, read) for tensor in leaf.tensors)),
-        hf.read(tmp_path / "model"),
+        weights.read(tmp_path / "model"),
     )
     assert not read
-    sharding.place(model, sharding.make_mesh(*mesh))
+    shard(model, make_mesh(*mesh))
     assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(model))
     assert max(read) <= max(leaf.size for leaf in jax.tree.leaves(model)) / math.prod(mesh)
 
@@ -466,10 +471,12 @@ import sys, jax, numpy as np
 from pathlib import Path
 process, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
-from minalm import families, hf, sharding
-mesh = sharding.make_mesh(4, 2)
-model = families.leaves(sharding.place(hf.read(folder), mesh, np.float32))
-whole = families.leaves(hf.load(folder, np.float32))
+from minalm.huggingface import weights
+from minalm.models import transformer
+from minalm.parallel.mesh import make_mesh, shard
+mesh = make_mesh(4, 2)
+model = transformer.leaves(shard(weights.read(folder), mesh, np.float32))
+whole = transformer.leaves(weights.load(folder, np.float32))
 shards = [(leaf, shard) for leaf in model for shard in model[leaf].addressable_shards]
 assert all(np.array_equal(shard.data, whole[leaf][shard.index]) for leaf, shard in shards)
 print(len(mesh.devices.flat), len({shard.device for _, shard in shards}), len(shards) // len(model))
@@ -484,7 +491,7 @@ def test_two_processes_read_for_their_own_devices(folder):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(process), str(port), folder],
-            cwd=Path(hf.__file__).parents[1],
+            cwd=Path(weights.__file__).parents[2],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -502,11 +509,11 @@ def test_two_processes_read_for_their_own_devices(folder):
 
 
 @pytest.fixture(scope="module")
-def leaf_pairs(tmp_path_factory) -> dict[str, tuple[hf.Stored, np.ndarray]]:
+def leaf_pairs(tmp_path_factory) -> dict[str, tuple[weights.LazyTensor, np.ndarray]]:
     folder = tmp_path_factory.mktemp("pairs") / "model"
-    hf.save(folder, random_model(GEMMA), "bfloat16")
-    arrays = families.leaves(hf.load(folder, np.float32))
-    return {leaf: (stored, arrays[leaf]) for leaf, stored in families.leaves(hf.read(folder)).items()}
+    weights.save(folder, random_model(GEMMA), "bfloat16")
+    arrays = transformer.leaves(weights.load(folder, np.float32))
+    return {leaf: (stored, arrays[leaf]) for leaf, stored in transformer.leaves(weights.read(folder)).items()}
 
 
 @given(data=st.data())
@@ -528,7 +535,7 @@ def test_a_stored_leaf_is_indexed_as_an_array(leaf_pairs, data):
 
 
 def test_what_no_slice_of_the_file_holds(folder):
-    model = hf.read(folder)
+    model = weights.read(folder)
     everything = slice(None)
     for part in (model.last.attention.q, model.last.attention.o):
         index = [everything] * 3
@@ -538,27 +545,27 @@ def test_what_no_slice_of_the_file_holds(folder):
     for steps in (model.embed, model.last.mlp.up, model.last.attention.q):
         with pytest.raises(ValueError, match="no slice"):
             steps[::2]
-    whole = Place("x", None, (2, 3, 4, 5), 2)
+    whole = TensorMap("x", None, (2, 3, 4, 5), 2)
     assert whole.stored_index((slice(1, 2), slice(0, 3), slice(1, 3), slice(-5, None))) == (slice(5, 15), slice(3, 6))
 
 
 def test_a_model_of_one_layer(tmp_path):
     config = dataclasses.replace(LLAMA, layers=1, windows=(None,))
     model = random_model(config)
-    hf.save(tmp_path / "model", model, "bfloat16")
-    stored = hf.read(tmp_path / "model")
+    weights.save(tmp_path / "model", model, "bfloat16")
+    stored = weights.read(tmp_path / "model")
     assert stored.blocks.attention.q[:, :, 1:3].shape == (0, 24, 2, 10)
     rounded = jax.tree.map(lambda leaf: leaf.astype(BFLOAT16).astype(np.float32), model)
-    assert_same(hf.load(tmp_path / "model", np.float32), rounded)
-    sharding.place(stored, sharding.make_mesh(4, 2))
-    hf.save(tmp_path / "again", stored, "bfloat16")
-    assert_same(hf.load(tmp_path / "again", np.float32), rounded)
+    assert_same(weights.load(tmp_path / "model", np.float32), rounded)
+    shard(stored, make_mesh(4, 2))
+    weights.save(tmp_path / "again", stored, "bfloat16")
+    assert_same(weights.load(tmp_path / "again", np.float32), rounded)
 
 
 def test_layers_of_several_dtypes(folder):
     down = tensors_of(folder / "model.safetensors")[DOWN].astype(np.float16)
     rewrite(folder, model__layers__1__mlp__down_proj__weight=down)
-    stored = hf.read(folder).blocks.mlp.down
+    stored = weights.read(folder).blocks.mlp.down
     assert stored.dtype == np.float32 and np.array_equal(stored[1], down.T.astype(np.float32))
     assert np.array_equal(stored[:][1], stored[1])
 
@@ -576,21 +583,21 @@ def shards_of(folder: Path) -> list[dict[str, np.ndarray]]:
 def test_shards(tmp_path, source, dtype):
     """Bit for bit the same from wherever the leaves are, in one file or several; safetensors reads them."""
     model = random_model(LLAMA)
-    hf.save(tmp_path / "model", model, "float32")
+    weights.save(tmp_path / "model", model, "float32")
     if source == "mesh":
-        model = sharding.place(model, sharding.make_mesh(4, 2))
+        model = shard(model, make_mesh(4, 2))
     elif source == "file":
-        model = hf.read(tmp_path / "model")
+        model = weights.read(tmp_path / "model")
     limit = 12_000
-    hf.save(tmp_path / "whole", model, dtype)
-    hf.save(tmp_path / "shards", model, dtype, shard_size=limit)
+    weights.save(tmp_path / "whole", model, dtype)
+    weights.save(tmp_path / "shards", model, dtype, shard_size=limit)
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["config.json", "model.safetensors"]
 
     (whole,), shards = shards_of(tmp_path / "whole"), shards_of(tmp_path / "shards")
-    place_of = families.places(families.FAMILIES[0], LLAMA)
+    place_of = families.tensor_maps(families.FAMILIES[0], LLAMA)
     assert whole.keys() == place_of.keys()
     for name, place in place_of.items():
-        array = families.leaves(random_model(LLAMA))[place.leaf]
+        array = transformer.leaves(random_model(LLAMA))[place.leaf]
         array = array if place.layer is None else array[place.layer]
         expected = (array.reshape(-1, math.prod(place.shape[place.inputs :])).T if place.inputs else array).astype(
             families.DTYPES[dtype]
@@ -611,7 +618,7 @@ def test_shards(tmp_path, source, dtype):
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     assert sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors")) == files
     assert index["weight_map"] == {name: file for file, shard in zip(files, shards) for name in shard}
-    assert_same(hf.load(tmp_path / "shards", np.float32), hf.load(tmp_path / "whole", np.float32))
+    assert_same(weights.load(tmp_path / "shards", np.float32), weights.load(tmp_path / "whole", np.float32))
     assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "shards").iterdir()}) == 1
 
 
@@ -621,9 +628,9 @@ def test_real_tensors_come_out_again(tmp_path, name):
     source = real_model(name)
     if json.loads((source / "config.json").read_text())["model_type"] not in [f.model_type for f in families.FAMILIES]:
         pytest.skip("gemma3_text is not implemented")
-    model = hf.read(source)
-    hf.save(tmp_path / "model", model, "bfloat16", shard_size=100_000_000)
-    assert hf.read_config(tmp_path / "model" / "config.json") == model.config
+    model = weights.read(source)
+    weights.save(tmp_path / "model", model, "bfloat16", shard_size=100_000_000)
+    assert weights.read_config(tmp_path / "model" / "config.json") == model.config
     expected, shards = tensors_of(source / "model.safetensors"), shards_of(tmp_path / "model")
     assert len(shards) > 2 and sum(map(len, shards)) == len(expected)
     for tensor, value in itertools.chain(*(shard.items() for shard in shards)):
@@ -631,20 +638,20 @@ def test_real_tensors_come_out_again(tmp_path, name):
 
 
 def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
-    hf.save(tmp_path / "model", random_model(GEMMA), "float32", shard_size=4000)
+    weights.save(tmp_path / "model", random_model(GEMMA), "float32", shard_size=4000)
     shards = shards_of(tmp_path / "model")
     large = [shard for shard in shards if any(tensor.nbytes > 4000 for tensor in shard.values())]
     assert len(large) > 3 and all(len(shard) == 1 for shard in large)
     assert any(len(shard) > 1 for shard in shards)
-    assert_same(hf.load(tmp_path / "model", np.float32), random_model(GEMMA))
+    assert_same(weights.load(tmp_path / "model", np.float32), random_model(GEMMA))
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
-    sources = (random_model(GEMMA), sharding.place(random_model(GEMMA), sharding.make_mesh(2, 2)))
+    sources = (random_model(GEMMA), shard(random_model(GEMMA), make_mesh(2, 2)))
     for i, model in enumerate(sources):
-        hf.save(tmp_path / str(i), model, "bfloat16", shard_size=10_000)
-    hf.save(tmp_path / "2", hf.load(tmp_path / "0", np.float32), "bfloat16", shard_size=10_000)
-    hf.save(tmp_path / "3", hf.read(tmp_path / "0"), "bfloat16", shard_size=10_000)
+        weights.save(tmp_path / str(i), model, "bfloat16", shard_size=10_000)
+    weights.save(tmp_path / "2", weights.load(tmp_path / "0", np.float32), "bfloat16", shard_size=10_000)
+    weights.save(tmp_path / "3", weights.read(tmp_path / "0"), "bfloat16", shard_size=10_000)
     first, *others = ({path.name: path.read_bytes() for path in (tmp_path / i).iterdir()} for i in "0123")
     assert len(first) > 4 and all(other == first for other in others)
     for name, content in first.items():
@@ -656,18 +663,18 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
 
 
 def test_what_lies_on_a_mesh_leaves_no_copy_on_the_host(tmp_path):
-    model = sharding.place(random_model(GEMMA), sharding.make_mesh(4, 2))
-    hf.save(tmp_path / "model", model, "float32")
+    model = shard(random_model(GEMMA), make_mesh(4, 2))
+    weights.save(tmp_path / "model", model, "float32")
     assert all(leaf._npy_value is None for leaf in jax.tree.leaves(model))
 
 
 def test_rows_that_a_mesh_needs_are_cut(tmp_path):
     model = random_model(LLAMA)
-    for i, source in enumerate((model, sharding.place(model, sharding.make_mesh(4, 2)))):
-        hf.save(tmp_path / str(i), source, "float32", vocabulary_size=51)
-    hf.save(tmp_path / "2", hf.read(tmp_path / "0"), "float32", vocabulary_size=50)
-    assert np.array_equal(hf.load(tmp_path / "1", np.float32).unembed, model.unembed[:51])
-    assert np.array_equal(hf.load(tmp_path / "2", np.float32).unembed, model.unembed[:50])
+    for i, source in enumerate((model, shard(model, make_mesh(4, 2)))):
+        weights.save(tmp_path / str(i), source, "float32", vocabulary_size=51)
+    weights.save(tmp_path / "2", weights.read(tmp_path / "0"), "float32", vocabulary_size=50)
+    assert np.array_equal(weights.load(tmp_path / "1", np.float32).unembed, model.unembed[:51])
+    assert np.array_equal(weights.load(tmp_path / "2", np.float32).unembed, model.unembed[:50])
     assert (tmp_path / "0" / "model.safetensors").read_bytes() == (tmp_path / "1" / "model.safetensors").read_bytes()
 
 
@@ -675,14 +682,14 @@ def test_a_failure_between_shards_leaves_nothing(tmp_path):
     model = random_model(LLAMA)
     model = eqx.tree_at(lambda model: model.last.mlp.down, model, model.last.mlp.down[:-1])
     with pytest.raises(ValueError, match="last.mlp.down has the shape"):
-        hf.save(tmp_path / "model", model, "float32", shard_size=10_000)
+        weights.save(tmp_path / "model", model, "float32", shard_size=10_000)
     assert not list(tmp_path.iterdir())
 
 
 def test_transformers_reads_shards(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     model = random_model(LLAMA)
-    hf.save(tmp_path / "model", model, "float32", shard_size=10_000)
+    weights.save(tmp_path / "model", model, "float32", shard_size=10_000)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
     assert np.array_equal(theirs["lm_head.weight"].numpy(), model.unembed)
     q = theirs["model.layers.2.self_attn.q_proj.weight"].numpy()
@@ -694,22 +701,22 @@ def test_transformers_reads_shards(tmp_path):
 COMMIT = "0123456789" * 4
 FIND = """
 import sys
-from minalm import hf
+from minalm.huggingface import weights
 for name in sys.argv[1:]:
     try:
-        print(hf.find(name))
-    except hf.InputError as error:
+        print(weights.find(name))
+    except weights.InputError as error:
         print("refused:", error)
 """
 
 
 def find(home: Path, *names: str, **environment: str) -> list[str]:
-    """What `hf.find` says to each name, in a process of its own, since the hub's client reads its settings once."""
+    """What `weights.find` says to each name, in a process of its own, since the hub's client reads its settings once."""
     settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FIND, *names],
         cwd=home,
-        env=os.environ | settings | {"PYTHONPATH": str(Path(hf.__file__).parents[1])} | environment,
+        env=os.environ | settings | {"PYTHONPATH": str(Path(weights.__file__).parents[2])} | environment,
         capture_output=True,
         text=True,
         check=True,
@@ -788,7 +795,7 @@ def test_names_without_a_hub(tmp_path, folder):
         tmp_path, "some/model", "local/model", str(folder), "no/model", "a/b/c", "../x", "/no/x", HF_HUB_OFFLINE="1"
     )
     assert (cached, local, absolute) == (str(snapshot), "local/model", str(folder))
-    assert hf.load(Path(cached), np.float32).config == LLAMA
+    assert weights.load(Path(cached), np.float32).config == LLAMA
     assert refused[0].startswith("refused: no/model is no folder here, and the Hugging Face hub did not give it")
     for name, message in zip(("a/b/c", "../x", "/no/x"), refused[1:], strict=True):
         assert message.startswith(f"refused: {name} does not exist: name the folder")
@@ -1042,11 +1049,11 @@ def test_config_that_is_no_config(tmp_path):
     for text, named in (("{", "JSON"), ("[]", "JSON object"), ('{"a": 1, "a": 2}', "'a' twice"), ("\xff", "JSON")):
         (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(InputError, match=f"config.json.*{named}"):
-            hf.load(tmp_path, np.float32)
+            weights.load(tmp_path, np.float32)
     with pytest.raises(InputError, match="config.json does not exist"):
-        hf.load(tmp_path / "nowhere", np.float32)
+        weights.load(tmp_path / "nowhere", np.float32)
     with pytest.raises(InputError, match="does not exist"):
-        hf.load(tmp_path / "config.json", np.float32)
+        weights.load(tmp_path / "config.json", np.float32)
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------
@@ -1062,7 +1069,7 @@ def rewrite(folder: Path, **changes: np.ndarray | None) -> None:
     safetensors.numpy.save_file(kept, folder / "model.safetensors")
 
 
-def shard(folder: Path) -> dict:
+def split_in_two(folder: Path) -> dict:
     """Splits model.safetensors in two and returns the index, for `write_index`."""
     tensors = tensors_of(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -1080,13 +1087,13 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        hf.load(folder, np.float32)
+        weights.load(folder, np.float32)
 
 
 def test_several_files_with_an_index(folder):
-    whole = hf.load(folder, np.float32)
-    shard(folder)
-    assert_same(hf.load(folder, np.float32), whole)
+    whole = weights.load(folder, np.float32)
+    split_in_two(folder)
+    assert_same(weights.load(folder, np.float32), whole)
 
 
 def test_a_missing_tensor(folder):
@@ -1134,7 +1141,7 @@ def test_tied_tables_given_twice(folder):
     refused(folder, "tie_word_embeddings.*lm_head.weight differ")
     embed = tensors_of(folder / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(folder, lm_head__weight=embed)
-    model = hf.load(folder, np.float32)
+    model = weights.load(folder, np.float32)
     assert model.unembed is None and np.array_equal(model.embed, embed)
 
 
@@ -1181,7 +1188,7 @@ def header_of(file: Path) -> dict:
     ),
 )
 def test_a_header_that_does_not_fit_its_data(folder, sharded, change):
-    file = folder / (shard(folder)[DOWN] if sharded else "model.safetensors")
+    file = folder / (split_in_two(folder)[DOWN] if sharded else "model.safetensors")
     header = header_of(file)
     end = max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
     header[DOWN] |= change(header[DOWN], end)
@@ -1227,7 +1234,7 @@ def test_a_file_that_is_a_folder(folder):
 
 
 def test_a_truncated_shard(folder):
-    file = folder / shard(folder)[DOWN]
+    file = folder / split_in_two(folder)[DOWN]
     file.write_bytes(file.read_bytes()[:-1])
     refused(folder, f"{file.name} is damaged")
 
@@ -1239,25 +1246,25 @@ def test_no_tensors_at_all(folder):
 
 def test_a_single_file_and_an_index(folder):
     shutil.copy(folder / "model.safetensors", folder / "kept")
-    shard(folder)
+    split_in_two(folder)
     (folder / "kept").rename(folder / "model.safetensors")
     refused(folder, "remove one of them")
 
 
 def test_a_missing_shard(folder):
-    shard(folder)
+    split_in_two(folder)
     (folder / "part-1.safetensors").unlink()
     refused(folder, "part-1.safetensors is missing")
 
 
 def test_a_shard_that_lacks_what_the_index_promises(folder):
-    file = folder / shard(folder)[DOWN]
+    file = folder / split_in_two(folder)[DOWN]
     safetensors.numpy.save_file({name: tensor for name, tensor in tensors_of(file).items() if name != DOWN}, file)
     refused(folder, f"{file.name} lacks the tensor {DOWN} that model.safetensors.index.json promises")
 
 
 def test_a_tensor_in_two_shards(folder):
-    weight_map = shard(folder)
+    weight_map = split_in_two(folder)
     other = "part-0.safetensors" if weight_map[DOWN] == "part-1.safetensors" else "part-1.safetensors"
     twice = tensors_of(folder / other) | {DOWN: np.zeros((24, 34), np.float32)}
     safetensors.numpy.save_file(twice, folder / other)
@@ -1265,7 +1272,7 @@ def test_a_tensor_in_two_shards(folder):
 
 
 def test_a_shard_with_a_tensor_that_the_index_does_not_list(folder):
-    weight_map = shard(folder)
+    weight_map = split_in_two(folder)
     del weight_map[DOWN]
     write_index(folder, weight_map)
     refused(folder, f"holds the tensor {DOWN}, which model.safetensors.index.json does not list")
@@ -1286,24 +1293,24 @@ def test_a_shard_with_a_tensor_that_the_index_does_not_list(folder):
     ids=str,
 )
 def test_an_index_that_is_none(folder, weight_map):
-    shard(folder)
+    split_in_two(folder)
     write_index(folder, weight_map)
     refused(folder, "no 'weight_map'")
 
 
 def test_an_index_with_an_impossible_name(folder):
-    write_index(folder, shard(folder) | {DOWN: "a\0.safetensors"})
+    write_index(folder, split_in_two(folder) | {DOWN: "a\0.safetensors"})
     refused(folder, "safetensors is missing")
 
 
 def test_an_index_of_nothing(folder):
-    shard(folder)
+    split_in_two(folder)
     write_index(folder, {})
     refused(folder, "model lacks the tensor")
 
 
 def test_an_index_that_names_a_tensor_twice(folder):
-    shard(folder)
+    split_in_two(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"lm_head.weight"', f'"{DOWN}"'))
     refused(folder, f"'{DOWN}' twice")

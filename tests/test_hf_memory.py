@@ -11,9 +11,9 @@ import pytest
 from real_models import real_model
 from safetensors.numpy import save_file
 
-from minalm import families, hf
-from minalm.families import DTYPES, parse_config, places
-from minalm.model import ModelConfig
+from minalm.huggingface import families, weights
+from minalm.huggingface.families import DTYPES, parse_config, tensor_maps
+from minalm.models.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 MB = 1_000_000
@@ -26,7 +26,10 @@ START = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-from minalm import families, hf, sharding, student, transfer
+from minalm.huggingface import families, weights
+from minalm.models import student
+from minalm.parallel import mesh as sharding
+from minalm.tokenization import transfer
 mesh = sharding.make_mesh(8, 1)
 bfloat16 = families.DTYPES["bfloat16"]
 folder, out = map(Path, sys.argv[1:])
@@ -71,10 +74,10 @@ def synthetic(folder: Path, config: ModelConfig) -> tuple[int, int]:
     values = families.config_values(config, "bfloat16")
     tensors = {
         name: random.integers(0, 0x4000, place.stored_shape, np.uint16).view(DTYPES["bfloat16"])
-        for name, place in places(*parse_config("the test", values)).items()
+        for name, place in tensor_maps(*parse_config("the test", values)).items()
     }
     folder.mkdir()
-    (folder / "config.json").write_bytes(hf._json(values))
+    (folder / "config.json").write_bytes(weights._json(values))
     save_file(tensors, folder / "model.safetensors")
     sizes = [tensor.nbytes for tensor in tensors.values()]
     return sum(sizes), max(sizes)
@@ -89,25 +92,29 @@ def small(tmp_path_factory) -> tuple[Path, int, int]:
 def test_reading_onto_devices(tmp_path, small):
     """What whole arrays on the host would cost is measured too, so that this measures something."""
     folder, size, _ = small
-    assert size < peak("model = sharding.place(hf.read(folder), mesh)", folder, tmp_path) < 1.3 * size
-    assert peak("model = sharding.place(hf.load(folder, bfloat16), mesh)", folder, tmp_path) > 1.9 * size
+    assert size < peak("model = sharding.shard(weights.read(folder), mesh)", folder, tmp_path) < 1.3 * size
+    assert peak("model = sharding.shard(weights.load(folder, bfloat16), mesh)", folder, tmp_path) > 1.9 * size
 
 
 def test_writing_what_lies_in_a_file(tmp_path, small):
     folder, _, largest = small
-    assert largest < peak("hf.save(out, hf.read(folder), 'bfloat16')", folder, tmp_path / "same") < largest + 25 * MB
+    assert (
+        largest
+        < peak("weights.save(out, weights.read(folder), 'bfloat16')", folder, tmp_path / "same")
+        < largest + 25 * MB
+    )
     # Other bits come block by block: float32 costs no float32 table.
-    assert peak("hf.save(out, hf.read(folder), 'float32')", folder, tmp_path / "wide") < largest + 45 * MB
+    assert peak("weights.save(out, weights.read(folder), 'float32')", folder, tmp_path / "wide") < largest + 45 * MB
 
 
 def test_a_byte_student(tmp_path, small):
     """The largest table, which the new rows are made of, and no float32 or float64 copy of it."""
     folder, size, largest = small
     work = """
-teacher = hf.read(folder)
+teacher = weights.read(folder)
 start = np.append(np.arange(301), [300] * 20)  # 300 rows are copied, 20 drawn
 plan = transfer.TransferPlan(teacher.config.vocab_size, np.arange(300), start)
-hf.save(out, student.student_from_teacher(teacher, plan, expansion=True, tied=False, rows=320), "bfloat16")
+weights.save(out, student.student_from_teacher(teacher, plan, expansion=True, tied=False, rows=320), "bfloat16")
 """
     assert largest < peak(work, folder, tmp_path / "out") < largest + 60 * MB
 
@@ -124,6 +131,6 @@ def test_reading_gemma_3_270m_onto_devices(tmp_path, model):
             pytest.skip("gemma3_text is not implemented")
         folder = real_model("gemma3")
         size = (folder / "model.safetensors").stat().st_size
-    needed = peak("model = sharding.place(hf.read(folder), mesh, bfloat16)", folder, tmp_path)
+    needed = peak("model = sharding.shard(weights.read(folder), mesh, bfloat16)", folder, tmp_path)
     print(f"{needed / MB:.0f} MB of memory for {size / MB:.0f} MB of weights")
     assert 0.99 * size < needed < 1.3 * size

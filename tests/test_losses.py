@@ -11,12 +11,14 @@ import whole_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minalm import head, losses
-from minalm.gradmag import magnitude_weights
-from minalm.head import Entries, token_stats
-from minalm.losses import LossConfig
-from minalm.sharding import ROWS, P, make_mesh, on_mesh, place, specs
-from minalm.types import AlignedChunks, Batch, Tokens, TokenStats
+from minalm.distill import chunks, divergences, losses
+from minalm.distill.gradmag import magnitude_weights
+from minalm.distill.losses import LossConfig
+from minalm.models import head
+from minalm.models.head import VocabularyMask, token_stats
+from minalm.parallel import collectives
+from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
+from minalm.types import AlignedChunks, Batch, ModelOutput, Tokens, TokenStats
 
 BATCH, STUDENT_TIME, TEACHER_TIME, CHUNKS = 3, 14, 11, 9
 DIVERGENCES = ("binary_ce", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3")
@@ -24,10 +26,14 @@ NORMS = ("l2_channelwise", "l2", "l1", "l1_channelwise")
 
 
 def on_one_device(function, out_specs=P()):
-    return jax.jit(on_mesh(function, mesh=make_mesh(1, 1), in_specs=ROWS, out_specs=out_specs))
+    return jax.jit(shard_map(function, mesh=make_mesh(1, 1), in_specs=ROWS, out_specs=out_specs))
 
 
 # --- plain definitions --------------------------------------------------------------------------------------------
+
+
+def diverge(teacher, student, config):
+    return divergences.divergence(teacher, student, config.divergence, config.tau, config.alpha)
 
 
 def plain_divergence(l_t, l_s, config):
@@ -68,19 +74,19 @@ def plain_groups(row, student, teacher, chunks, config):
             l_s, l_t = sum(l[0] for l in group), sum(l[1] for l in group)
             last = group[-1][2]
             if config.debias:
-                l_s += float(student.boundary[row, chunks.student_close[row, last]])
-                l_t += float(teacher.boundary[row, chunks.teacher_close[row, last]])
+                l_s += float(student.boundary[row, chunks.student_chunk_end[row, last]])
+                l_t += float(teacher.boundary[row, chunks.teacher_chunk_end[row, last]])
             found.append((l_t, l_s))
             group.clear()
 
     for chunk in range(CHUNKS):
-        if chunks.teacher_close[row, chunk] < 0:
+        if chunks.teacher_chunk_end[row, chunk] < 0:
             continue
         ours = [float(student.logp[row, t]) for t in range(STUDENT_TIME) if chunks.student_chunk[row, t] == chunk]
         theirs = [float(teacher.logp[row, t]) for t in range(TEACHER_TIME) if chunks.teacher_chunk[row, t] == chunk]
         if theirs:
             group.append((sum(ours), sum(theirs), chunk))
-        mass = math.exp(float(teacher.boundary[row, chunks.teacher_close[row, chunk]]))
+        mass = math.exp(float(teacher.boundary[row, chunks.teacher_chunk_end[row, chunk]]))
         may_end = {
             "unconstrained": True,
             "space": bool(chunks.before_space[row, chunk]),
@@ -123,8 +129,8 @@ def structures(draw) -> AlignedChunks:
     chunks = AlignedChunks(
         student_chunk=np.full((BATCH, STUDENT_TIME), -1, np.int32),
         teacher_chunk=np.full((BATCH, TEACHER_TIME), -1, np.int32),
-        student_close=np.full((BATCH, CHUNKS), -1, np.int32),
-        teacher_close=np.full((BATCH, CHUNKS), -1, np.int32),
+        student_chunk_end=np.full((BATCH, CHUNKS), -1, np.int32),
+        teacher_chunk_end=np.full((BATCH, CHUNKS), -1, np.int32),
         before_space=np.zeros((BATCH, CHUNKS), bool),
         text_bytes=np.zeros((BATCH, CHUNKS), np.int32),
     )
@@ -137,11 +143,11 @@ def structures(draw) -> AlignedChunks:
             our_end, their_end = ours + draw(st.integers(1, 3)), theirs + draw(st.integers(1, 2))
             if our_end > STUDENT_TIME or their_end > TEACHER_TIME:
                 break
-            if not first:  # the chunk of a row's first token has a close, but no targets
+            if not first:  # the chunk of a row's first token has a chunk_end, but no targets
                 chunks.student_chunk[row, ours - 1 : our_end - 1] = chunk
                 chunks.teacher_chunk[row, theirs - 1 : their_end - 1] = chunk
             ours, theirs = our_end, their_end
-            chunks.student_close[row, chunk], chunks.teacher_close[row, chunk] = ours - 1, theirs - 1
+            chunks.student_chunk_end[row, chunk], chunks.teacher_chunk_end[row, chunk] = ours - 1, theirs - 1
             chunks.before_space[row, chunk] = draw(st.booleans())
             chunks.text_bytes[row, chunk] = draw(st.integers(0, 3))
     return chunks
@@ -188,23 +194,23 @@ def test_alm_is_the_mean_over_groups(chunks, seed):
         np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6, err_msg=str(config))
 
 
-sums_of_chunks = on_one_device(losses.chunk_sums, ROWS)
+sums_of_chunks = on_one_device(chunks.chunk_sums, ROWS)
 
 
 @settings(max_examples=50, deadline=None)
 @given(structures(), st.integers(0, 2**31))
 def test_chunk_sums(chunks, seed):
     stats = numbers(seed)[0]
-    logp, count, boundary = sums_of_chunks(stats, chunks.student_chunk, chunks.student_close)
+    logp, count, boundary = sums_of_chunks(stats, chunks.student_chunk, chunks.student_chunk_end)
     for row, chunk in np.ndindex(BATCH, CHUNKS):
         inside = [t for t in range(STUDENT_TIME) if chunks.student_chunk[row, t] == chunk]
         assert count[row, chunk] == len(inside)
         np.testing.assert_allclose(logp[row, chunk], sum(float(stats.logp[row, t]) for t in inside), rtol=1e-6)
-        if chunks.student_close[row, chunk] >= 0:
-            assert boundary[row, chunk] == stats.boundary[row, chunks.student_close[row, chunk]]
+        if chunks.student_chunk_end[row, chunk] >= 0:
+            assert boundary[row, chunk] == stats.boundary[row, chunks.student_chunk_end[row, chunk]]
 
 
-merged = on_one_device(losses.merge, ROWS)
+merged = on_one_device(chunks.merge, ROWS)
 flags = st.lists(st.booleans(), min_size=CHUNKS, max_size=CHUNKS)
 
 
@@ -263,7 +269,7 @@ def random_states(seed, depth=2, embed=5):
 
 @on_one_device
 def every_latents(states, counted):
-    return jnp.stack([whole_batch.latents(*(s.swapaxes(0, 1) for s in states), counted, norm) for norm in NORMS])
+    return jnp.stack([whole_batch.latents(*states, counted, norm) for norm in NORMS])
 
 
 @pytest.mark.parametrize("share", (1.0, 0.5, 0.1))
@@ -292,7 +298,7 @@ def test_divergence_and_gradient(name, tau):
     @jax.jit
     @jax.vmap
     def value_and_gradient(l_t, l_s):
-        return jax.value_and_grad(lambda l_s: losses.divergence(l_t[None, None], l_s[None, None], config)[0, 0])(l_s)
+        return jax.value_and_grad(lambda l_s: diverge(l_t[None, None], l_s[None, None], config)[0, 0])(l_s)
 
     values, gradient = value_and_gradient(teacher, student)
     pairs = list(zip(teacher.astype(float), student.astype(float)))
@@ -309,30 +315,30 @@ def test_divergence_and_gradient(name, tau):
 def test_renyi_of_other_orders(alpha):
     config = LossConfig(divergence="renyi", alpha=alpha)
     pairs = [(-0.1, -2.0), (-3.0, -0.5), (-1.0, -1.0)]
-    found = losses.divergence(*(jnp.asarray([x], jnp.float32) for x in zip(*pairs)), config)[0]
+    found = diverge(*(jnp.asarray([x], jnp.float32) for x in zip(*pairs)), config)[0]
     np.testing.assert_allclose(found, [plain_divergence(*pair, config)[0] for pair in pairs], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ("reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3"))
 def test_equal_probabilities_have_no_divergence(name):
     l = jnp.asarray([[-3.0, -0.01, -40.0]], jnp.float32)
-    np.testing.assert_allclose(losses.divergence(l, l, LossConfig(divergence=name)), 0.0, atol=1e-6)
+    np.testing.assert_allclose(diverge(l, l, LossConfig(divergence=name)), 0.0, atol=1e-6)
 
 
 def test_log_one_minus_exp():
     x = np.concatenate([-np.geomspace(1e-7, 100, 400), [-math.log(2.0)], -math.log(2.0) + np.array([-1e-6, 1e-6])])
     x = x.astype(np.float32)
     exact = x.astype(np.float64)
-    values, gradient = jax.vmap(jax.value_and_grad(losses.log_one_minus_exp))(jnp.asarray(x))
+    values, gradient = jax.vmap(jax.value_and_grad(divergences.log_one_minus_exp))(jnp.asarray(x))
     expected = np.where(exact > -1, np.log(-np.expm1(exact)), np.log1p(-np.exp(exact)))
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-37)
     np.testing.assert_allclose(gradient, np.exp(exact) / np.expm1(exact), rtol=1e-6, atol=1e-37)
-    assert jax.grad(losses.log_one_minus_exp)(-200.0) == 0.0
+    assert jax.grad(divergences.log_one_minus_exp)(-200.0) == 0.0
 
 
 def test_tempered_passes_the_gradient_through_the_minimum():
     for l, x in ((-3.0, -1.5), (0.0, 0.0), (0.7, 0.0)):
-        value, gradient = jax.value_and_grad(losses.tempered)(l, 2.0)
+        value, gradient = jax.value_and_grad(divergences.tempered)(l, 2.0)
         np.testing.assert_allclose(value, x - 1e-6, rtol=1e-6)
         assert gradient == 0.5
 
@@ -345,22 +351,21 @@ def test_nothing_counted_is_zero_with_zero_gradient():
     nothing = AlignedChunks(
         student_chunk=np.full((BATCH, STUDENT_TIME), -1, np.int32),
         teacher_chunk=np.full((BATCH, TEACHER_TIME), -1, np.int32),
-        student_close=np.full((BATCH, CHUNKS), -1, np.int32),
-        teacher_close=np.full((BATCH, CHUNKS), -1, np.int32),
+        student_chunk_end=np.full((BATCH, CHUNKS), -1, np.int32),
+        teacher_chunk_end=np.full((BATCH, CHUNKS), -1, np.int32),
         before_space=np.zeros((BATCH, CHUNKS), bool),
         text_bytes=np.zeros((BATCH, CHUNKS), np.int32),
     )
     ids = np.zeros((BATCH, STUDENT_TIME), np.int32)
     tokens = Tokens(ids, ids, np.zeros(ids.shape, np.float32), None)
-    batch = Batch(tokens, tokens, nothing)
+    batch = Batch(tokens, tokens, nothing, np.ones(BATCH, bool))
     config = LossConfig(latents=1.0)
     states = random_states(1)
 
     def gradient_and_value(student, states, teacher, batch):
         def terms(student, states):
-            states = [s.swapaxes(0, 1) for s in states]
-            whole = losses.whole_batch(config, batch, teacher, states[1])
-            return losses.loss_terms(config, batch, student, teacher, *states, whole)
+            ours, theirs = ModelOutput(student, states[0]), ModelOutput(teacher, states[1])
+            return losses.loss_terms(config, batch, ours, theirs, losses.normalizers(config, batch, theirs))
 
         value = terms(student, states)
         return value, jax.grad(lambda *x: jnp.sum(terms(*x)), (0, 1))(student, states)
@@ -430,7 +435,7 @@ def head_arguments(scale=1.0):
     targets = random.integers(0, VOCAB, (4, TIME)).astype(np.int32)
     boundary = np.arange(ROWS_OF_TABLE) % 5 == 1
     boundary[VOCAB:] = False
-    return hidden, targets, table, Entries(np.arange(ROWS_OF_TABLE) < VOCAB, boundary)
+    return hidden, targets, table, VocabularyMask(np.arange(ROWS_OF_TABLE) < VOCAB, boundary)
 
 
 def head_stats(hidden, targets, table, entries, cap=None, fsdp=1, tp=1):
@@ -446,11 +451,11 @@ def head_stats(hidden, targets, table, entries, cap=None, fsdp=1, tp=1):
 
     mesh = make_mesh(fsdp, tp)
     layout, rows = P("tp", "fsdp"), ROWS
-    mapped = on_mesh(
+    mapped = shard_map(
         run, mesh=mesh, in_specs=(rows, rows, layout, specs(entries, mesh)), out_specs=(rows, (rows, layout))
     )
     with jax.default_matmul_precision("highest"):
-        return jax.device_get(jax.jit(mapped)(hidden, targets, table, place(entries, mesh)))
+        return jax.device_get(jax.jit(mapped)(hidden, targets, table, shard(entries, mesh)))
 
 
 @pytest.mark.parametrize("cap", (None, 1.5))
@@ -504,7 +509,7 @@ def test_head_on_a_mesh(whole, fsdp, tp):
 def test_a_tiny_boundary_mass_keeps_digits_and_gradient():
     """Boundary entries 200 and 210 nats below the rest: e^-200 is 0 in float32."""
     logits = np.array([0.0, 1.0, -200.0, -210.0, 0.5], np.float32)
-    entries = Entries(np.ones(5, bool), np.array([False, False, True, True, False]))
+    entries = VocabularyMask(np.ones(5, bool), np.array([False, False, True, True, False]))
 
     def run(logits, table):
         def mass(logits):
@@ -513,9 +518,9 @@ def test_a_tiny_boundary_mass_keeps_digits_and_gradient():
             return stats.boundary[0, 0]
 
         value, gradient = jax.value_and_grad(mass)(logits)
-        return losses.rows_sum(value), losses.rows_sum(gradient)
+        return collectives.fsdp_sum(value), collectives.fsdp_sum(gradient)
 
-    mapped = on_mesh(run, mesh=make_mesh(1, 1), in_specs=(ROWS, P("tp", "fsdp")), out_specs=P())
+    mapped = shard_map(run, mesh=make_mesh(1, 1), in_specs=(ROWS, P("tp", "fsdp")), out_specs=P())
     with jax.default_matmul_precision("highest"):
         value, gradient = jax.jit(mapped)(logits, np.eye(5, dtype=np.float32))
     exact = logits.astype(np.float64)

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 import safetensors.torch  # noqa: E402
 
-FILE = Path(__file__).parents[1] / "minalm" / "modeling_minalm.py"
+FILE = Path(__file__).parents[1] / "minalm" / "huggingface" / "modeling_minalm.py"
 LONGEST = 16
 ORIGINALS = 50  # size of the original vocabulary
 BOS, EOS, PAD, END = 256, 257, 258, 259
@@ -76,7 +76,7 @@ def longest_tokens(originals, ids, mask, longest=LONGEST):
 
 
 def random_originals(seed):
-    """A map as in config.json: letters and words of letters, one of `LONGEST` letters, and two control tokens."""
+    """A map as in config.json: letters and words of letters, one of `LONGEST` letters, and two special tokens."""
     rng = random.Random(seed)
     words = {"a", "b", "ab", "abcd" * (LONGEST // 4), "bcd" * 3}
     while len(words) < ORIGINALS - 4:
@@ -192,7 +192,7 @@ def models(tmp_path_factory):
 
 
 def row(seed, length):
-    """bos, then letters, with an unknown byte and a control token among them, and at their end the longest token."""
+    """bos, then letters, with an unknown byte and a special token among them, and at their end the longest token."""
     rng = random.Random(seed)
     ids = [BOS, *(rng.choice(LETTERS) for _ in range(length - 1))]
     if length > 12:
@@ -516,7 +516,7 @@ def test_generate_compiles_nothing(models, monkeypatch):
 
 
 def write_tokenizer(folder):
-    """Bytes as ids 0 .. 255, then control tokens."""
+    """Bytes as ids 0 .. 255, then special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # of each byte its sign in byte-level tokenizers
     signs = {byte: chr(byte) for byte in shown}

@@ -5,14 +5,19 @@ from functools import cache
 from pathlib import Path
 
 import equinox as eqx
+import forward
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from programs import equations
 
-from minalm import families, hf, layers, sharding
-from minalm.model import LinearScaling, ModelConfig, Rope, Transformer, YarnScaling
+from minalm.huggingface import weights as hf
+from minalm.models import layers, transformer
+from minalm.models.config import LinearScaling, ModelConfig, Rope, YarnScaling
+from minalm.models.transformer import Transformer
+from minalm.parallel.mesh import ROWS, make_mesh, shard, shard_map, specs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -29,23 +34,20 @@ def load(name: str) -> tuple[Transformer, np.ndarray, np.ndarray]:
 @cache
 def compiled(config: ModelConfig, fsdp: int, tp: int, remat: str):
     """Placing a model on the mesh, and its logits [batch, time, vocab] in float32."""
-    mesh = sharding.make_mesh(fsdp, tp)
+    mesh = make_mesh(fsdp, tp)
 
     def run(model, tokens):
-        x, _ = model.trunk(tokens, None, None, FLOAT32, remat)
-        table = sharding.gather_channels(model.unembedding, FLOAT32)
-        logits = jnp.einsum("bte,ve->btv", model.finish(x), table)
-        return layers.softcap(logits, model.config.final_softcap)
+        return forward.logits(model, tokens, remat=remat)
 
-    specs = sharding.specs(families.abstract(config), mesh)
-    run = sharding.on_mesh(run, mesh=mesh, in_specs=(specs, sharding.ROWS), out_specs=P("fsdp", None, "tp"))
-    return lambda model: sharding.place(model, mesh), jax.jit(run)
+    layout = specs(transformer.abstract(config), mesh)
+    run = shard_map(run, mesh=mesh, in_specs=(layout, ROWS), out_specs=P("fsdp", None, "tp"))
+    return lambda model: shard(model, mesh), jax.jit(run)
 
 
 def compute(model: Transformer, tokens: np.ndarray, fsdp: int = 1, tp: int = 1, remat: str = "none") -> np.ndarray:
-    place, run = compiled(model.config, fsdp, tp, remat)
+    on_mesh, run = compiled(model.config, fsdp, tp, remat)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(run(place(model), tokens))
+        return np.asarray(run(on_mesh(model), tokens))
 
 
 def change(model: Transformer, **settings) -> Transformer:
@@ -131,11 +133,11 @@ def test_every_parameter_moves_the_logits(name):
     """Norms, biases and norms of queries and keys among them; of the stacked blocks the first one alone."""
     model, tokens, expected = load(name)
     random = np.random.default_rng(0)
-    for leaf, array in families.leaves(model).items():
+    for leaf, array in transformer.leaves(model).items():
         first = (slice(None),) if not leaf.startswith("blocks.") else (0,)
         changed = np.array(array)
         changed[first] += random.normal(size=changed[first].shape).astype(np.float32)
-        changed = families.from_leaves(model.config, families.leaves(model) | {leaf: jnp.asarray(changed)})
+        changed = transformer.from_leaves(model.config, transformer.leaves(model) | {leaf: jnp.asarray(changed)})
         assert np.abs(compute(changed, tokens) - expected).max() > 1e-2, leaf
 
 
@@ -188,20 +190,19 @@ def test_rope_scaling_in_its_three_bands():
 def test_a_position_depends_on_those_it_may_see_and_on_no_other(name, windows, reach):
     """By gradient. Three layers of windows 3, 2, 3 see 1 + 2 + 1 + 2 positions."""
     model = change(load(name)[0], windows=windows)
-    mesh = sharding.make_mesh(1, 1)
+    mesh = make_mesh(1, 1)
     tokens = jnp.arange(20, 31)[None]  # all differ: row 20 + i of the table is position i's alone
 
     def state(embed, model, position):
         model = eqx.tree_at(lambda model: model.embed, model, embed)
-        x, _ = model.trunk(tokens, None, None, FLOAT32)
-        return jnp.sum(model.finish(x)[0, position] * jnp.arange(1.0, 25.0))
+        return jnp.sum(forward.final_states(model, tokens)[0, position] * jnp.arange(1.0, 25.0))
 
-    specs = sharding.specs(model, mesh)
-    gradient = sharding.on_mesh(
+    layout = specs(model, mesh)
+    gradient = shard_map(
         jax.vmap(jax.grad(state), in_axes=(None, None, 0)),
         mesh=mesh,
-        in_specs=(specs.embed, specs, P()),
-        out_specs=P(None, *specs.embed),
+        in_specs=(layout.embed, layout, P()),
+        out_specs=P(None, *layout.embed),
     )
     found = np.abs(jax.jit(gradient)(model.embed, model, jnp.arange(11))[:, 20:31]).max(-1) > 0
     distance = np.arange(11)[:, None] - np.arange(11)
@@ -258,8 +259,82 @@ def test_rope_against_loops():
         angle = float(positions[row, time]) * float(frequencies[pair])
         turned = complex(x[row, time, head, pair], x[row, time, head, pair + 4]) * np.exp(1j * angle)
         expected[row, time, head, pair], expected[row, time, head, pair + 4] = turned.real, turned.imag
-    found = layers.rope(jnp.asarray(x), jnp.asarray(positions), frequencies, np.array(1.5, np.float32))
+    rotation = layers.rotation(jnp.asarray(positions), frequencies, 1.5, FLOAT32)
+    found = layers.rotate(jnp.asarray(x), rotation)
     np.testing.assert_allclose(found, 1.5 * expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("llama3", "gemma3"))
+def test_sines_are_computed_before_the_layers(name):
+    """Once for each distinct rotary embedding, in the trunk and again in the tail; not in the scan over the blocks."""
+    model = load(name)[0]
+    layout = specs(model, make_mesh(1, 1))
+    mapped = shard_map(forward.logits, make_mesh(1, 1), in_specs=(layout, ROWS), out_specs=P("fsdp", None, "tp"))
+    program = jax.make_jaxpr(mapped)(model, np.zeros((2, 11), np.int32)).jaxpr
+    inside = [
+        e for scan in equations(program) if scan.primitive.name == "scan" for e in equations(scan.params["jaxpr"].jaxpr)
+    ]
+    assert {"mul", "dot_general"} <= {e.primitive.name for e in inside}  # the walk sees the blocks
+    assert "sin" not in {e.primitive.name for e in inside}
+    sines = sum(e.primitive.name == "sin" for e in equations(program))
+    assert sines == 2 * len(model.config.ropes) == {"llama3": 2, "gemma3": 4}[name]
+
+
+def on_one_device(function, *arguments):
+    """`function` inside a `shard_map` of one device."""
+    mapped = shard_map(function, make_mesh(1, 1), in_specs=tuple(P() for _ in arguments), out_specs=P())
+    return mapped(*arguments)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_a_projection_and_its_gradients_are_rounded_once(dtype):
+    random = np.random.default_rng(0)
+    x, weight, pull = (
+        jnp.asarray(random.normal(size=size), dtype) for size in ((2, 50, 40), (40, 3, 20), (2, 50, 3, 20))
+    )
+
+    def both(x, weight, pull):
+        out, back = jax.vjp(layers.project, x, weight)
+        return out, *back(pull)
+
+    with jax.default_matmul_precision("highest"):
+        found = on_one_device(both, x, weight, pull)
+    wide = [np.asarray(value.astype(jnp.float32), np.float64) for value in (x, weight, pull)]
+    expected = [
+        np.einsum(pattern, left, right)
+        for pattern, left, right in (
+            ("bte,ehd->bthd", wide[0], wide[1]),
+            ("bthd,ehd->bte", wide[2], wide[1]),
+            ("bte,bthd->ehd", wide[0], wide[2]),
+        )
+    ]
+    for value, exact in zip(found, expected, strict=True):
+        assert value.dtype == dtype
+        rtol, atol = (2**-8, 1e-5) if dtype == jnp.bfloat16 else (1e-5, 1e-5)
+        np.testing.assert_allclose(value.astype(jnp.float32), exact, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_what_is_saved_is_not_computed_again(dtype):
+    """Three products of a projection under remat "dots", four under "full".
+
+    Those for a CPU give float32 numbers. One of bfloat16 stands in the program once more, for other platforms.
+    """
+
+    def products(remat):
+        def loss(x, weight):
+            body = transformer.checkpointed(lambda x: jnp.sin(layers.project(x, weight)), remat)
+            return jnp.sum(body(x).astype(jnp.float32))
+
+        x, weight = jnp.ones((1, 5, 4), dtype), jnp.ones((4, 3), dtype)
+        gradient = jax.grad(loss, argnums=(0, 1))
+        program = jax.make_jaxpr(lambda *arguments: on_one_device(gradient, *arguments))(x, weight)
+        found = [e.outvars[0].aval.dtype for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+        assert set(found) == {jnp.dtype(jnp.float32), jnp.dtype(dtype)}
+        assert len(set(map(found.count, found))) == 1
+        return found.count(jnp.float32)
+
+    assert (products("dots"), products("full")) == (3, 4)
 
 
 @pytest.mark.parametrize("plus_one", (False, True))

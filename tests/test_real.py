@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward import logits
 from real_models import real_model
 
 import convert
-from minalm import hf, layers, sharding
-from minalm.generate import generate
-from minalm.head import Entries
-from minalm.sharding import ROWS, P
-from minalm.student import load_vocabularies
-from minalm.text import Control, Segment, end_of
-from minalm.vocab import load_vocabulary
+from minalm.huggingface import weights
+from minalm.huggingface.folder import load_vocabularies
+from minalm.models.generate import generate
+from minalm.models.head import VocabularyMask
+from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
+from minalm.text.documents import Segment, Special, end_of
+from minalm.tokenization.tokenizer_json import load_vocabulary
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -39,19 +40,14 @@ def own_modules(tmp_path, monkeypatch):
 
 def ours(folder: Path):
     """The model of a folder on one device in float32, and its logits as a function of a row of ids."""
-    mesh = sharding.make_mesh(1, 1)
-    model = sharding.place(hf.read(folder), mesh, np.float32)
+    mesh = make_mesh(1, 1)
+    model = shard(weights.read(folder), mesh, np.float32)
 
-    def logits(model, tokens, ngram):
-        x, _ = model.trunk(tokens, ngram, None, FLOAT32)
-        product = jnp.einsum("bte,ve->btv", model.finish(x), sharding.gather_channels(model.unembedding, FLOAT32))
-        return layers.softcap(product, model.config.final_softcap)
+    layout = (specs(model, mesh), ROWS, ROWS)
+    compiled = jax.jit(shard_map(logits, mesh=mesh, in_specs=layout, out_specs=P("fsdp", None, "tp")))
 
-    specs = (sharding.specs(model, mesh), ROWS, ROWS)
-    compiled = jax.jit(sharding.on_mesh(logits, mesh=mesh, in_specs=specs, out_specs=P("fsdp", None, "tp")))
-
-    def run(ids: np.ndarray, ngram: np.ndarray | None = None) -> np.ndarray:
-        return np.asarray(compiled(model, ids[None], ngram)[0])
+    def run(ids: np.ndarray, suffix: np.ndarray | None = None) -> np.ndarray:
+        return np.asarray(compiled(model, ids[None], suffix)[0])
 
     return model, run
 
@@ -78,7 +74,7 @@ def measure(folder: Path) -> tuple[float, float]:
     differences, same = [], []
     for topic in TOPICS:
         text = pydoc_data.topics.topics[topic][:2000]
-        ids = vocabulary.encode([(Segment(Control("bos")), Segment(text))])[0].ids
+        ids = vocabulary.encode([(Segment(Special("bos")), Segment(text))])[0].ids
         assert ids.tolist() == vocabulary.part_ids("bos") + tokenizer(text, add_special_tokens=False).input_ids
         ids = ids[:TOKENS]
         assert len(ids) == TOKENS
@@ -98,16 +94,16 @@ def test_logits_are_those_of_transformers(name):
 
 def measure_bytes(folder: Path) -> tuple[float, list[int], list[int]]:
     """Of a byte student: the largest difference of the logits of a chat, and the bytes that both go on with."""
-    vocabulary, ngrams = load_vocabularies(folder)
+    vocabulary, suffixes = load_vocabularies(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "Alignment of tokens requires care: what do the bytes of é, 日本 and 🙂 have in common?\n\n\t"
     text += "Say it in one line, and do not repeat what was asked."
     messages = [{"role": "system", "content": "You answer in a few words."}, {"role": "user", "content": text}]
-    piece = [Segment(Control("start_of_chat"))]
+    piece = [Segment(Special("start_of_chat"))]
     for message in messages:
-        piece += [Segment(Control(part)) for part in ("header_open", message["role"], "header_close")]
+        piece += [Segment(Special(part)) for part in ("header_open", message["role"], "header_close")]
         piece += [Segment(message["content"]), Segment(end_of(message["role"], last=False))]
-    piece += [Segment(Control(part)) for part in ("header_open", "assistant", "header_close")]
+    piece += [Segment(Special(part)) for part in ("header_open", "assistant", "header_close")]
     ids = vocabulary.encode([tuple(piece)])[0].ids
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert inputs["input_ids"].tolist() == [ids.tolist()] and 170 < len(ids) < 300
@@ -115,11 +111,11 @@ def measure_bytes(folder: Path) -> tuple[float, list[int], list[int]]:
     (placed, run), model = ours(folder), theirs(folder, trust=True)
     with torch.no_grad():
         expected = model(inputs["input_ids"], use_cache=False).logits[0].numpy()
-    difference, _ = compare(run(ids, ngrams(ids[None])), expected)
+    difference, _ = compare(run(ids, suffixes(ids[None])), expected)
     found = model.generate(**inputs, do_sample=False, max_new_tokens=20, min_new_tokens=20)
-    mesh, rows = sharding.make_mesh(1, 1), vocabulary.size
-    entries = sharding.place(Entries(np.ones(rows, bool), vocabulary.boundary_mask(rows)), mesh)
-    [continued] = generate(placed, entries, ngrams, [ids], 20, None, mesh, FLOAT32)
+    mesh, rows = make_mesh(1, 1), vocabulary.size
+    entries = shard(VocabularyMask(np.ones(rows, bool), vocabulary.boundary_mask(rows)), mesh)
+    [continued] = generate(placed, entries, suffixes, [ids], 20, None, mesh, FLOAT32)
     return difference, continued, found[0, len(ids) :].tolist()
 
 

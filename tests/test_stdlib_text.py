@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from minalm import stdlib_text
-from minalm.stdlib_text import stdlib_documents, train_bpe
-from minalm.text import InputError
-from minalm.vocab import load_vocabulary
+from minalm.errors import InputError
+from minalm.text import stdlib
+from minalm.text.stdlib import stdlib_documents
+from minalm.tokenization import train_bpe as bpe
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.train_bpe import train_bpe
 
 SOURCE = 'def spam(self, eggs=None):\n    """Über 12."""\n\treturn eggs or 305\n\n\n'
 
@@ -35,7 +37,7 @@ def test_this_library_is_split_and_not_small() -> None:
     [("pydoc_data/topics.py", False), ("argparse.py", False), ("html/parser.py", True), ("inspect.py", True)],
 )
 def test_sides_are_pinned(name: str, held_out: bool) -> None:
-    assert (stdlib_text._places(name)[0] < stdlib_text.HELD_OUT) == held_out
+    assert (stdlib._places(name)[0] < stdlib.HELD_OUT) == held_out
 
 
 def test_a_file_stays_on_its_side_whatever_it_holds(library: Path) -> None:
@@ -84,7 +86,7 @@ def test_bpe_spells_every_text(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
     vocabulary = load_vocabulary(tmp_path / "a")
     assert set(vocabulary.token_bytes) >= {bytes([byte]) for byte in range(256)}
-    assert (vocabulary.control["<|begin_of_text|>"], vocabulary.eos_id, vocabulary.pad_id) == (0, 1, 1)
+    assert (vocabulary.special["<|begin_of_text|>"], vocabulary.eos_id, vocabulary.pad_id) == (0, 1, 1)
     assert not any(sum(48 <= byte < 58 for byte in token) > 1 for token in vocabulary.token_bytes)
 
 
@@ -124,7 +126,7 @@ def test_bpe_refuses(tmp_path: Path) -> None:
 
 def test_command_line(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["stdlib_text", "--bpe", "259", str(tmp_path / "new/out")])
-    stdlib_text.tyro.cli(stdlib_text.main)
+    bpe.tyro.cli(bpe.main)
     assert (tmp_path / "new/out/tokenizer.json").is_file()
     with pytest.raises(SystemExit, match="^error: .*out exists"):
-        stdlib_text.tyro.cli(stdlib_text.main)
+        bpe.tyro.cli(bpe.main)

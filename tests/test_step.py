@@ -6,6 +6,7 @@ import functools
 import math
 from pathlib import Path
 
+import configs
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,16 @@ from jax.extend.core import Jaxpr
 from programs import equations
 
 import train
-from minalm import families, head, sharding
-from minalm.losses import LossConfig
-from minalm.model import ModelConfig, Rope, initialize
-from minalm.sharding import P, make_mesh, place, place_rows, specs
-from minalm.text import InputError
+from minalm.distill import gradmag, losses
+from minalm.distill.losses import LossConfig
+from minalm.distill.means import mean, total
+from minalm.errors import InputError
+from minalm.models import head, transformer
+from minalm.models.config import ModelConfig, Rope
+from minalm.models.transformer import initialize
+from minalm.parallel import collectives
+from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, shard_rows, specs
+from minalm.run.optimizer import OptimizerConfig, learning_rate
 from minalm.types import AlignedChunks, Batch, Tokens
 
 # Pairwise different sizes; every axis divides by 4, rows by 8. Gemma 2's switches are on.
@@ -50,10 +56,10 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 def settings(**changes) -> train.Config:
     loss = LossConfig(sft=0.25, alm=1.0, latents=3.0, latents_layers="all", tau=5.0)
-    config = train.Config(
+    config = configs.config(
         out=Path("unused"), steps=10, warmup_steps=0, losses=loss, compute_dtype="float32", learning_rate=1e-2
     )
-    return dataclasses.replace(config, **changes)
+    return configs.change(config, **changes)
 
 
 def parameters(config: ModelConfig, seed: int):
@@ -73,24 +79,24 @@ def random_batch() -> Batch:
     random = np.random.default_rng(0)
     rows = ROWS_OF_BATCH
 
-    def tokens(time, vocabulary, ngram):
+    def tokens(time, vocabulary, suffix):
         ids = random.integers(0, vocabulary - 3, (rows, time + 1)).astype(np.int32)
         weight = (random.random((rows, time)) < 0.8).astype(np.float32)
         weight[0], weight[:, -1] = 0.0, 0.0
-        expansion = random.integers(0, 52, (rows, time)).astype(np.int32) if ngram else None
+        expansion = random.integers(0, 52, (rows, time)).astype(np.int32) if suffix else None
         return Tokens(ids[:, :-1], ids[:, 1:], weight, expansion)
 
     chunks = AlignedChunks(
         student_chunk=np.full((rows, STUDENT_TIME), -1, np.int32),
         teacher_chunk=np.full((rows, TEACHER_TIME), -1, np.int32),
-        student_close=np.full((rows, CHUNKS), -1, np.int32),
-        teacher_close=np.full((rows, CHUNKS), -1, np.int32),
+        student_chunk_end=np.full((rows, CHUNKS), -1, np.int32),
+        teacher_chunk_end=np.full((rows, CHUNKS), -1, np.int32),
         before_space=random.random((rows, CHUNKS)) < 0.5,
         text_bytes=np.zeros((rows, CHUNKS), np.int32),
     )
     for row in range(1, rows):
         ours = theirs = 1
-        chunks.student_close[row, 0] = chunks.teacher_close[row, 0] = 0  # bos
+        chunks.student_chunk_end[row, 0] = chunks.teacher_chunk_end[row, 0] = 0  # bos
         for chunk in range(1, CHUNKS):
             ours, theirs = ours + (random.random() < 0.2), theirs + (random.random() < 0.1)
             our_end, their_end = ours + random.integers(1, 4), theirs + random.integers(1, 3)
@@ -98,19 +104,19 @@ def random_batch() -> Batch:
                 break
             chunks.student_chunk[row, ours - 1 : our_end - 1] = chunk
             chunks.teacher_chunk[row, theirs - 1 : their_end - 1] = chunk
-            chunks.student_close[row, chunk], chunks.teacher_close[row, chunk] = our_end - 1, their_end - 1
+            chunks.student_chunk_end[row, chunk], chunks.teacher_chunk_end[row, chunk] = our_end - 1, their_end - 1
             chunks.text_bytes[row, chunk] = random.integers(0, 4)
             ours, theirs = our_end, their_end
-    return Batch(tokens(STUDENT_TIME, 60, True), tokens(TEACHER_TIME, 52, False), chunks)
+    return Batch(tokens(STUDENT_TIME, 60, True), tokens(TEACHER_TIME, 52, False), chunks, np.arange(rows) == 0)
 
 
 BATCH = random_batch()
 
 
-def entries(config: ModelConfig) -> head.Entries:
+def mask(config: ModelConfig) -> head.VocabularyMask:
     """The last three rows of the table are padding."""
     rows = np.arange(config.vocab_size)
-    return head.Entries(rows < config.vocab_size - 3, (rows % 3 == 0) & (rows < config.vocab_size - 3))
+    return head.VocabularyMask(rows < config.vocab_size - 3, (rows % 3 == 0) & (rows < config.vocab_size - 3))
 
 
 def models(student: ModelConfig = STUDENT, teacher: ModelConfig = TEACHER):
@@ -120,24 +126,24 @@ def models(student: ModelConfig = STUDENT, teacher: ModelConfig = TEACHER):
     if model.expansion is not None:
         trained = eqx.tree_at(lambda m: m.expansion, trained, False)
     trained, frozen = eqx.partition(model, trained)
-    return trained, train.Fixed(frozen, parameters(teacher, 1), entries(student), entries(teacher))
+    return trained, train.Frozen(frozen, parameters(teacher, 1), mask(student), mask(teacher))
 
 
 def gradients(config: train.Config, fsdp: int, tp: int, trained, fixed):
     """`train.gradients` on a mesh: the gradient's leaves by name, and the metrics, as numpy arrays."""
     mesh = make_mesh(fsdp, tp)
     layout = specs(trained, mesh)
-    mapped = sharding.on_mesh(
-        functools.partial(train.gradients, config),
+    mapped = shard_map(
+        functools.partial(train.gradients, config.losses, config.compute),
         mesh=mesh,
-        in_specs=(layout, specs(fixed, mesh), jax.tree.map(lambda _: sharding.ROWS, BATCH)),
+        in_specs=(layout, specs(fixed, mesh), jax.tree.map(lambda _: ROWS, BATCH)),
         out_specs=(layout, P()),
     )
     with jax.default_matmul_precision("highest"):
         grad, metrics = jax.jit(mapped, compiler_options=QUICK)(
-            place(trained, mesh), place(fixed, mesh), place_rows(BATCH, mesh)
+            shard(trained, mesh), shard(fixed, mesh), shard_rows(BATCH, mesh)
         )
-    return jax.device_get((families.leaves(grad), metrics))
+    return jax.device_get((transformer.leaves(grad), metrics))
 
 
 def assert_near(found, expected, tolerance):
@@ -161,7 +167,7 @@ def reference():
 def test_every_mesh_gives_the_same_losses_weights_and_gradients(reference, fsdp, tp):
     grad, metrics = gradients(settings(), fsdp, tp, *models())
     names = [f"{kind}/{loss}" for kind in ("loss", "weight") for loss in ("sft", "alm", "latents")]
-    assert sorted(metrics) == sorted([*names, "bits_per_byte"])
+    assert sorted(metrics) == sorted([*names, "bits_per_byte", "left_out"])
     assert_near(metrics, reference[1], 1e-5)
     assert_near(grad, reference[0], 1e-5)
 
@@ -223,7 +229,7 @@ def test_a_batch_in_parts_gives_the_same_losses_weights_and_gradients(reference,
 
 
 def test_another_recipe_in_parts(another):
-    grad, metrics = gradients(dataclasses.replace(ANOTHER, accumulation=4), 1, 1, *another_models())
+    grad, metrics = gradients(configs.change(ANOTHER, accumulation=4), 1, 1, *another_models())
     assert_near(metrics, another[1], 1e-5)
     assert_near(grad, another[0], 1e-5)
 
@@ -231,12 +237,14 @@ def test_another_recipe_in_parts(another):
 # --- balancing ----------------------------------------------------------------------------------------------------
 
 
-def two_passes(trunk, tail, model, batch, config):
+def two_passes(forward, model, batch, config):
     """GradMag as it is defined: weights from the gradients of the last block; then the gradient of the weighted sum."""
 
+    def values(model):
+        return forward.tail(model, batch, forward.last_layer(model, forward.trunk(model, batch)))
+
     def of_last(last, number):
-        whole = eqx.tree_at(lambda m: m.last, model, last)
-        return tail(whole, batch, trunk(whole, batch))[0][number]
+        return values(eqx.tree_at(lambda m: m.last, model, last))[0][number]
 
     if config.balance == "fixed":
         weights = jnp.array(config.weights, jnp.float32)
@@ -244,22 +252,22 @@ def two_passes(trunk, tail, model, batch, config):
         each = [jax.grad(of_last)(model.last, number) for number in range(len(config.names))]
         inverse = jnp.stack(
             [
-                preference / (jnp.sqrt(sharding.squared_norm(grad)) + 1e-8)
+                preference / (jnp.sqrt(collectives.squared_norm(grad)) + 1e-8)
                 for preference, grad in zip(config.weights, each)
             ]
         )
         weights = inverse / jnp.sum(inverse) if config.preserve_magnitude else inverse
 
     def total(model):
-        values, auxiliary = tail(model, batch, trunk(model, batch))
-        return jnp.sum(jax.lax.stop_gradient(weights) * values), (values, auxiliary)
+        found, auxiliary = values(model)
+        return jnp.sum(jax.lax.stop_gradient(weights) * found), (found, auxiliary)
 
-    grad, (values, auxiliary) = jax.grad(total, has_aux=True)(model)
-    return grad, values, weights, auxiliary
+    grad, (found, auxiliary) = jax.grad(total, has_aux=True)(model)
+    return grad, found, weights, auxiliary
 
 
 def test_gradmag_is_its_definition(monkeypatch, reference):
-    monkeypatch.setattr(train, "balanced_grad", two_passes)
+    monkeypatch.setattr(gradmag, "balanced_grad", two_passes)
     grad, metrics = gradients(settings(), 1, 1, *models())
     assert_near(reference[1], metrics, 1e-6)
     assert_near(reference[0], grad, 1e-6)
@@ -269,7 +277,7 @@ def test_gradmag_is_its_definition(monkeypatch, reference):
 
 
 def test_fixed_weights_give_the_gradient_of_the_weighted_sum(monkeypatch, another):
-    monkeypatch.setattr(train, "balanced_grad", two_passes)
+    monkeypatch.setattr(gradmag, "balanced_grad", two_passes)
     grad, metrics = gradients(ANOTHER, 1, 1, *another_models())
     assert_near(another[1], metrics, 1e-6)
     assert_near(another[0], grad, 1e-6)
@@ -277,14 +285,39 @@ def test_fixed_weights_give_the_gradient_of_the_weighted_sum(monkeypatch, anothe
     assert found == {"sft": 1.0, "alm": 2.0, "latents": 0.5}
 
 
+@dataclasses.dataclass(frozen=True)
+class WithMyLoss(LossConfig):
+    mine: float = 0.0
+
+
+def test_a_loss_is_added_in_one_place(monkeypatch):
+    """A function, a weight and an entry: it is balanced, logged, checked, and makes the teacher needed."""
+    loss = losses.Loss(
+        lambda config, batch, teacher: total(batch.chunks.text_bytes),
+        lambda config, rows, student, teacher, count: mean(jnp.abs(student.stats.boundary), rows.student.weight, count),
+    )
+    monkeypatch.setitem(losses.LOSSES, "mine", loss)
+    config = configs.change(settings(), losses=WithMyLoss(sft=1.0, alm=0.0, mine=2.0))
+    assert config.losses.names == ("sft", "mine") and config.losses.needs_teacher
+    optimizer, (trained, frozen) = train.make_optimizer(config.optimizer), models()
+    state = train.State(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
+    step = functools.partial(train.train_step, config.losses, config.compute, optimizer, make_mesh(1, 1))
+    _, metrics = jax.eval_shape(step, state, frozen, BATCH)
+    assert {"loss/mine", "weight/mine", "loss/sft"} <= metrics.keys() and "loss/alm" not in metrics
+    with pytest.raises(InputError, match="--losses.mine is -1.0: it must be a number of at least 0"):
+        WithMyLoss(mine=-1.0).check()
+
+
 # --- what the step computes, read from its program ----------------------------------------------------------------
 
 
 def program(config: train.Config, trained, fixed, mesh=(1, 1)) -> Jaxpr:
     mesh = make_mesh(*mesh)
-    optimizer = train.make_optimizer(config)
+    optimizer = train.make_optimizer(config.optimizer)
     state = train.State(trained, optimizer.init(trained), jnp.zeros((), jnp.int32))
-    return jax.make_jaxpr(functools.partial(train.train_step, config, optimizer, mesh))(state, fixed, BATCH).jaxpr
+    return jax.make_jaxpr(functools.partial(train.train_step, config.losses, config.compute, optimizer, mesh))(
+        state, fixed, BATCH
+    ).jaxpr
 
 
 def dense(jaxpr: Jaxpr) -> set[tuple[int, ...]]:
@@ -308,7 +341,7 @@ def test_no_array_has_a_time_and_a_vocabulary_axis(monkeypatch, balance):
     monkeypatch.setattr(head, "BLOCK_ENTRIES", 13)
     monkeypatch.setattr(head, "BLOCK_ELEMENTS", 9 * 13)
     config = settings()
-    config = dataclasses.replace(config, losses=dataclasses.replace(config.losses, balance=balance))
+    config = configs.change(config, losses=dataclasses.replace(config.losses, balance=balance))
     jaxpr = program(config, *models())
     shapes = {tuple(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape")}
     assert {(9, 13), (13, 40), (60, 40)} <= shapes  # the walk sees the blocks of logits and the tables
@@ -356,9 +389,9 @@ def test_without_teacher_losses_the_teacher_does_not_run():
 @pytest.mark.parametrize("fsdp, tp", ((1, 1), (4, 2), (2, 4)))
 def test_squared_norm_counts_every_element_once(fsdp, tp):
     model, mesh = parameters(STUDENT, 0), make_mesh(fsdp, tp)
-    norm = sharding.on_mesh(sharding.squared_norm, mesh=mesh, in_specs=(specs(model, mesh),), out_specs=P())
+    norm = shard_map(collectives.squared_norm, mesh=mesh, in_specs=(specs(model, mesh),), out_specs=P())
     expected = sum(np.sum(np.square(leaf.astype(np.float64))) for leaf in jax.device_get(jax.tree.leaves(model)))
-    np.testing.assert_allclose(jax.jit(norm, compiler_options=QUICK)(place(model, mesh)), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(norm, compiler_options=QUICK)(shard(model, mesh)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +416,7 @@ def test_squared_norm_counts_every_element_once(fsdp, tp):
     ),
 )
 def test_a_mesh_that_does_not_divide_is_refused_by_name(changes, fsdp, tp, named):
-    model = families.abstract(dataclasses.replace(STUDENT, **changes))
+    model = transformer.abstract(dataclasses.replace(STUDENT, **changes))
     with pytest.raises(InputError, match=f"^parameter {named.replace('.', '[.]')} does not divide: choose a mesh"):
         specs(model, make_mesh(fsdp, tp))
 
@@ -400,30 +433,35 @@ def test_an_update_is_adamw_of_the_gradient_clipped_by_its_whole_norm(reference)
     assert norm > 0.02  # so that clipping acts
     trained, fixed = models()
     expected = {}
-    for name, old in families.leaves(jax.device_get(trained)).items():
+    for name, old in transformer.leaves(jax.device_get(trained)).items():
         clipped = grad[name].astype(np.float64) * 0.01 / norm
         update = clipped / (np.abs(clipped) + 1e-4) + 0.1 * old  # the first step of Adam, bias-corrected
         expected[name] = old - 1e-2 * update
     mesh = make_mesh(4, 2)
-    optimizer = train.make_optimizer(config)
-    placed = place(trained, mesh)
+    optimizer = train.make_optimizer(config.optimizer)
+    placed = shard(trained, mesh)
     state = train.State(placed, optimizer.init(placed), jnp.zeros((), jnp.int32))
-    step = jax.jit(functools.partial(train.train_step, config, optimizer, mesh), compiler_options=QUICK)
+    step = jax.jit(
+        functools.partial(train.train_step, config.losses, config.compute, optimizer, mesh), compiler_options=QUICK
+    )
     with jax.default_matmul_precision("highest"):
-        state, found = step(state, place(fixed, mesh), place_rows(BATCH, mesh))
+        state, found = step(state, shard(fixed, mesh), shard_rows(BATCH, mesh))
     assert int(state.step) == 1
     np.testing.assert_allclose(found.pop("gradient_norm"), norm, rtol=1e-5)
     assert_near(jax.device_get(found), metrics, 1e-5)
-    assert_near(families.leaves(jax.device_get(state.student)), expected, 1e-5)
+    assert_near(transformer.leaves(jax.device_get(state.student)), expected, 1e-5)
 
 
 def test_the_learning_rate_rises_and_falls():
-    rate = train.learning_rate(settings(steps=10, warmup_steps=4, learning_rate=2.0))
-    expected = [0.0, 0.5, 1.0, 1.5, 2.0, 2 * 5 / 6, 2 * 4 / 6, 1.0, 2 * 2 / 6, 2 * 1 / 6, 0.0]
-    np.testing.assert_allclose([float(rate(step)) for step in range(11)], expected, rtol=1e-6, atol=1e-7)
-    for warmup_steps in (3, 8):  # no longer than the run
-        rate = train.learning_rate(settings(steps=3, warmup_steps=warmup_steps, learning_rate=3.0))
-        np.testing.assert_allclose([float(rate(step)) for step in range(3)], [0.0, 1.0, 2.0], rtol=1e-6)
+    """No update is made at rate 0: the first is on the way up, and 0 would come after the last."""
+    config = OptimizerConfig(steps=10, warmup_steps=4, learning_rate=2.0)
+    expected = [0.5, 1.0, 1.5, 2.0, 2.0, 2 * 5 / 6, 2 * 4 / 6, 1.0, 2 * 2 / 6, 2 * 1 / 6, 0.0]
+    np.testing.assert_allclose([learning_rate(config, done) for done in range(11)], expected, rtol=1e-6)
+    on_device = [learning_rate(config, jnp.int32(done), jnp.minimum) for done in range(11)]
+    np.testing.assert_allclose(on_device, expected, rtol=1e-6)
+    for warmup_steps, expected in ((0, [3.0, 2.0, 1.0]), (3, [1.0, 2.0, 3.0]), (8, [1.0, 2.0, 3.0])):
+        config = OptimizerConfig(steps=3, warmup_steps=warmup_steps, learning_rate=3.0)
+        np.testing.assert_allclose([learning_rate(config, done) for done in range(3)], expected, rtol=1e-6)
 
 
 def test_gradients_of_frequent_ids_survive_bfloat16():
@@ -433,19 +471,19 @@ def test_gradients_of_frequent_ids_survive_bfloat16():
     table = jax.random.normal(key, (8, 16))
     ids = jnp.zeros((16, 1024), jnp.int32)
     pull = 1.0 + 0.1 * jax.random.normal(jax.random.key(1), (16, 1024, 16))
-    entries = head.Entries(jnp.ones(8, bool), jnp.arange(8) < 4)
+    entries = head.VocabularyMask(jnp.ones(8, bool), jnp.arange(8) < 4)
 
     def gradients(dtype):
         def read(table):
-            return sharding.rows_sum(
-                sharding.tp_sum(jnp.sum(sharding.lookup(table, ids, dtype).astype(jnp.float32) * pull))
+            return collectives.fsdp_sum(
+                collectives.tp_sum(jnp.sum(collectives.lookup(table, ids, dtype).astype(jnp.float32) * pull))
             )
 
         def predicted(table):
             stats = head.token_stats(pull.astype(dtype), ids, table, entries, None)
-            return sharding.rows_sum(jnp.sum(stats.logp))
+            return collectives.fsdp_sum(jnp.sum(stats.logp))
 
-        both = sharding.on_mesh(
+        both = shard_map(
             lambda table: (jax.grad(read)(table), jax.grad(predicted)(table)),
             mesh=mesh,
             in_specs=P("tp", "fsdp"),

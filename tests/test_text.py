@@ -9,18 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minalm.text import (
-    CONTROL_BYTES,
-    SMALLEST_LIMIT,
-    Control,
-    InputError,
-    Piece,
-    Segment,
-    end_of,
-    permute,
-    read_corpus,
-    text_corpus,
-)
+from minalm.errors import InputError
+from minalm.text import corpus as corpus_module
+from minalm.text.corpus import LONG_LINE, SMALLEST_LIMIT, SPECIAL_BYTES, read_corpus, text_corpus
+from minalm.text.documents import Piece, Segment, Special, end_of
+from minalm.text.order import permute
 
 # Few different characters, so that line breaks, spaces, wide and combining characters meet at every border.
 texts = st.text(st.sampled_from("ab \n\réЖ漢😀\u0301\u200d\x00"), max_size=200)
@@ -32,24 +25,24 @@ messages = st.lists(
 limits = st.integers(SMALLEST_LIMIT, 90)
 
 
-def control(part: str, counts: bool = True) -> Segment:
-    return Segment(Control(part), counts)
+def special(part: str, loss_mask: bool = True) -> Segment:
+    return Segment(Special(part), loss_mask)
 
 
 def cost(piece: Piece) -> int:
-    return sum(CONTROL_BYTES if isinstance(content, Control) else len(content.encode()) for content, counts in piece)
+    return sum(SPECIAL_BYTES if isinstance(content, Special) else len(content.encode()) for content, loss_mask in piece)
 
 
 def joined(pieces: list[Piece]) -> list[Segment]:
     """The document that the pieces make without the first part of all but one; one text segment a stretch."""
     segments: list[Segment] = [pieces[0][0]]
     for piece in pieces:
-        assert piece[0].content in (Control("bos"), Control("start_of_chat")) and piece[0] == pieces[0][0]
+        assert piece[0].content in (Special("bos"), Special("start_of_chat")) and piece[0] == pieces[0][0]
         for number, segment in enumerate(piece[1:]):
             previous = segments[-1]
             if number == 0 and isinstance(previous.content, str) and isinstance(segment.content, str):
-                assert previous.counts == segment.counts
-                segments[-1] = Segment(previous.content + segment.content, segment.counts)
+                assert previous.loss_mask == segment.loss_mask
+                segments[-1] = Segment(previous.content + segment.content, segment.loss_mask)
             else:
                 segments.append(segment)
     return segments
@@ -62,9 +55,9 @@ def test_pieces_of_plain_text_spell_it_and_fit(documents: list[str], limit: int)
     corpus = text_corpus(documents, limit)
     pieces = [corpus.piece(index) for index in range(len(corpus))]
     assert max(map(cost, pieces)) <= limit
-    ends = [index for index, piece in enumerate(pieces) if piece[-1] == control("eos")]
+    ends = [index for index, piece in enumerate(pieces) if piece[-1] == special("eos")]
     spelled = [joined(pieces[a + 1 : b + 1]) for a, b in pairwise([-1, *ends])]
-    assert spelled == [[control("bos"), Segment(text), control("eos")] for text in documents if text]
+    assert spelled == [[special("bos"), Segment(text), special("eos")] for text in documents if text]
 
 
 @given(chats=st.lists(messages, min_size=1, max_size=3), limit=limits, mask_prompt=st.booleans())
@@ -73,13 +66,15 @@ def test_pieces_of_chats_spell_them_and_fit(chats: list, limit: int, mask_prompt
     chats = [*chats, [{"role": "user", "content": "x"}]]
     expected = []
     for chat in chats:
-        document = [control("start_of_chat", not mask_prompt)]
+        document = [special("start_of_chat", not mask_prompt)]
         for number, message in enumerate(chat, start=1):
-            document += [control(part, not mask_prompt) for part in ("header_open", message["role"], "header_close")]
-            counts = not mask_prompt or message["role"] == "assistant"
-            document += [Segment(message["content"], counts)] if message["content"] else []
+            document += [special(part, not mask_prompt) for part in ("header_open", message["role"], "header_close")]
+            loss_mask = not mask_prompt or message["role"] == "assistant"
+            document += [Segment(message["content"], loss_mask)] if message["content"] else []
             end = "turn" if message["role"] == "assistant" else message["role"]
-            document += [control("end_of_chat" if end == "turn" and number == len(chat) else f"end_of_{end}", counts)]
+            document += [
+                special("end_of_chat" if end == "turn" and number == len(chat) else f"end_of_{end}", loss_mask)
+            ]
         if any(message["content"] for message in chat):
             expected.append(document)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,12 +84,65 @@ def test_pieces_of_chats_spell_them_and_fit(chats: list, limit: int, mask_prompt
         pieces = [corpus.piece(index) for index in range(len(corpus))]
     assert max(map(cost, pieces)) <= limit
     for piece in pieces:
-        contents = [content.part if isinstance(content, Control) else "text" for content, counts in piece]
+        contents = [content.part if isinstance(content, Special) else "text" for content, loss_mask in piece]
         # Neither a header without the start of its text, nor an end of turn without the end of its text, on its own.
         assert contents[-1] in ("text", "end_of_system", "end_of_user", "end_of_turn", "end_of_chat")
         assert contents[1] in ("text", "header_open")
     documents = [pieces[a:b] for a, b in pairwise([*_firsts(corpus.pieces[:, 0]), len(pieces)])]
     assert [joined(document) for document in documents] == expected
+
+
+@given(documents=st.lists(texts | messages, min_size=1, max_size=4), limit=limits, mask_prompt=st.booleans())
+@settings(deadline=None)
+def test_long_lines_give_the_pieces_of_short_ones(documents: list, limit: int, mask_prompt: bool) -> None:
+    rows = [{"text" if isinstance(document, str) else "messages": document} for document in [*documents, "x"]]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder, "lines.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        short = read_corpus([path], limit, mask_prompt)
+        pieces = [short.piece(index) for index in range(len(short))]
+        bound = len('{"text": "x"}\n')  # the last line is a short one, and most others are longer
+        patch.setattr(corpus_module, "LONG_LINE", bound)
+        long = read_corpus([path], limit, mask_prompt)
+        assert [long.piece(index) for index in range(len(long))] == pieces
+    assert long.pieces[-1].tolist() == short.pieces[-1].tolist() and long.chat_parts == short.chat_parts
+    assert (len(long.long) > 0) == (short.documents[:, 2] > bound).any()
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "word " * 20_000}, {"messages": [{"role": "user", "content": "ab " * 99}] * 400}]
+)
+def test_a_long_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: dict) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps(row) + '\n{"text": "short"}\n')
+    assert len(json.dumps(row)) > LONG_LINE
+    parsed = []
+    parse = corpus_module._parse
+
+    def counted(line: bytes, mask_prompt: bool) -> Piece:
+        parsed.append(len(line))
+        return parse(line, mask_prompt)
+
+    monkeypatch.setattr(corpus_module, "_parse", counted)
+    corpus = read_corpus([path], limit=1000)
+    assert len(corpus) > 100
+    for index in range(len(corpus)):
+        corpus.piece(index)
+    assert [length > LONG_LINE for length in parsed] == [
+        True,
+        False,
+        False,
+    ]  # both lines at the start, then the short one
+
+
+def test_no_room_for_a_long_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "short"}\n')
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert len(read_corpus([path], limit=100)) == 1  # short lines need none
+    path.write_text(json.dumps({"text": "a" * LONG_LINE}))
+    with pytest.raises(InputError, match="no room for temporary files .*: set TMPDIR"):
+        read_corpus([path], limit=100)
 
 
 def _firsts(documents: np.ndarray) -> list[int]:
@@ -122,12 +170,12 @@ def _firsts(documents: np.ndarray) -> list[int]:
     ],
 )
 def test_places_of_cuts(text: str, first: str) -> None:
-    assert text_corpus([text], limit=CONTROL_BYTES + 20).piece(0) == (control("bos"), Segment(first))
+    assert text_corpus([text], limit=SPECIAL_BYTES + 20).piece(0) == (special("bos"), Segment(first))
 
 
 def test_a_full_window_is_one_piece() -> None:
-    assert len(text_corpus(["a" * 16], limit=CONTROL_BYTES + 20)) == 1
-    assert len(text_corpus(["a" * 17], limit=CONTROL_BYTES + 20)) == 2
+    assert len(text_corpus(["a" * 16], limit=SPECIAL_BYTES + 20)) == 1
+    assert len(text_corpus(["a" * 17], limit=SPECIAL_BYTES + 20)) == 2
 
 
 def test_files_are_cut_as_texts_in_memory(tmp_path: Path) -> None:
@@ -144,8 +192,8 @@ def test_a_turn_ends_a_piece(tmp_path: Path) -> None:
     rows = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b c d" * 9}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": rows}))
     corpus = read_corpus([tmp_path / "chat.jsonl"], limit=4 + 12 + 40 + 4 + 12 + 4)
-    assert corpus.piece(0)[-1] == control("end_of_user")
-    assert corpus.piece(1)[1] == control("header_open")
+    assert corpus.piece(0)[-1] == special("end_of_user")
+    assert corpus.piece(1)[1] == special("header_open")
     assert len(corpus) == 2
 
 
@@ -169,9 +217,9 @@ def test_prompts_are_masked(tmp_path: Path) -> None:
     rows = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": rows}) + '\n{"text": "plain"}')
     corpus = read_corpus([tmp_path], limit=100, mask_prompt=True)
-    counted = [[segment.content for segment in corpus.piece(index) if segment.counts] for index in range(2)]
-    assert counted == [["b", Control("end_of_chat")], [Control("bos"), "plain", Control("eos")]]
-    assert all(segment.counts for segment in read_corpus([tmp_path], limit=100).piece(0))
+    counted = [[segment.content for segment in corpus.piece(index) if segment.loss_mask] for index in range(2)]
+    assert counted == [["b", Special("end_of_chat")], [Special("bos"), "plain", Special("eos")]]
+    assert all(segment.loss_mask for segment in read_corpus([tmp_path], limit=100).piece(0))
 
 
 def test_parts_of_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None:
@@ -180,7 +228,7 @@ def test_parts_of_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None
         json.dumps({"messages": [{"role": role, "content": "a"} for role in roles]}) + '\n{"text": "plain"}'
     )
     corpus = read_corpus([tmp_path], limit=200)
-    parts = {content.part for content, _ in corpus.piece(0) if isinstance(content, Control)}
+    parts = {content.part for content, _ in corpus.piece(0) if isinstance(content, Special)}
     assert corpus.chat_parts == parts and corpus.has_chats
     assert parts >= {"start_of_chat", "end_of_user", "end_of_turn", "end_of_chat"} and "end_of_system" not in parts
     assert text_corpus(["plain"], limit=100).chat_parts == frozenset()
@@ -200,12 +248,12 @@ CHAT = '{"messages": [{"role": "user", "content": "good"}]}\n'
     [
         ("a.jsonl", CHAT + '{"text": "no end}\n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", CHAT + "[" * 100_000, "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", CHAT + "\n[1]", "a.jsonl, line 3: neither `text` nor `messages`"),
-        ("a.jsonl", '{"txt": "a"}', "line 1: neither `text` nor `messages`"),
-        ("a.jsonl", '{"text": "a", "messages": []}', "line 1: neither `text` nor `messages` alone"),
+        ("a.jsonl", CHAT + "\n[1]", "a.jsonl, line 3: not an object with either `text` or `messages`"),
+        ("a.jsonl", '{"txt": "a"}', "line 1: not an object with either `text` or `messages`"),
+        ("a.jsonl", '{"text": "a", "messages": []}', "line 1: not an object .* exactly one of these keys"),
         ("a.jsonl", '{"text": 3}', "`text` is not a string"),
         ("a.jsonl", '{"text": "\\ud83d"}', "half of a surrogate pair"),
-        ("a.jsonl", '{"messages": []}', "not a list of messages"),
+        ("a.jsonl", '{"messages": []}', "`messages` is empty or not a list"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "lacks `role` or `content`"),
         ("a.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}', "unknown role 'tool'"),
         ("a.jsonl", '{"messages": [{"role": ["user"], "content": "a"}]}', "unknown role"),
@@ -236,10 +284,10 @@ def test_missing_files_and_small_windows(tmp_path: Path) -> None:
         text_corpus(["a"], limit=SMALLEST_LIMIT - 1)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_changed_file_is_noticed(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "spaces"), [("a.txt", 0), ("a.jsonl", 0), ("a.jsonl", LONG_LINE)])
+def test_a_changed_file_is_noticed(tmp_path: Path, name: str, spaces: int) -> None:
     path = tmp_path / name
-    path.write_text('{"text": "before"}')
+    path.write_text('{"text": "before"}' + " " * spaces)
     corpus = read_corpus([path], limit=100)
     path.write_text('{"text": "after_"}')
     os.utime(path, ns=(0, 0))
@@ -293,3 +341,15 @@ def test_epochs_and_seeds_differ() -> None:
     corpus = text_corpus(["a"] * 100, limit=100)
     orders = [tuple(corpus.order(seed, epoch, 100)) for seed in range(8) for epoch in range(8)]
     assert len(set(orders)) == 64
+
+
+def test_fingerprints_are_of_the_contents(tmp_path: Path) -> None:
+    """Names and places do not enter; contents and their order do."""
+    one, two, moved = tmp_path / "one.txt", tmp_path / "two.txt", tmp_path / "moved.txt"
+    one.write_text("first"), two.write_text("second"), moved.write_text("first")
+
+    def found(*paths: Path) -> str:
+        return read_corpus(paths, 100).fingerprint
+
+    assert found(one, two) == found(moved, two) == text_corpus(["first", "second"], 100).fingerprint
+    assert len({found(one), found(two), found(one, two), found(two, one)}) == 4

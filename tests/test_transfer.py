@@ -7,23 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from minalm import transfer
-from minalm.transfer import TransferPlan, plan_transfer, transfer_rows
-from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary
+from minalm.tokenization import transfer
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.transfer import TransferPlan, plan_transfer, transfer_rows
+from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary
 
 GEMMA = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>", "<|other|>"]
 
 
-def save(tokenizer: Tokenizer, control: list[str], folder: Path) -> Vocabulary:
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in control])
+def save(tokenizer: Tokenizer, special: list[str], folder: Path) -> Vocabulary:
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     return load_vocabulary(folder)
 
 
 def sentencepiece(folder: Path, prefix: bool = False) -> Vocabulary:
-    """As Gemma's: control tokens, byte-fallback tokens, then pieces of text; a newline has a piece before its byte."""
+    """As Gemma's: special tokens, byte-fallback tokens, then pieces of text; a newline has a piece before its byte."""
     pieces = ["▁", *"abcdeé", "ab", "▁a", "▁ab", "cde", "de"]
     words = [*GEMMA, "\n", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     merges = [("a", "b"), ("▁", "a"), ("▁", "ab"), ("d", "e"), ("c", "de")]
@@ -34,8 +35,8 @@ def sentencepiece(folder: Path, prefix: bool = False) -> Vocabulary:
     return save(tokenizer, GEMMA, folder)
 
 
-def byte_level(folder: Path, tokens: list[bytes], control: list[str] = LLAMA) -> Vocabulary:
-    """The 256 bytes in the order of their characters, then `tokens` (that nothing is ever merged to), then control."""
+def byte_level(folder: Path, tokens: list[bytes], special: list[str] = LLAMA) -> Vocabulary:
+    """The 256 bytes in the order of their characters, then `tokens` (that nothing is ever merged to), then special."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     shown = {i: char for i, char in enumerate(alphabet)}
     plain = save_alphabet(folder / "alphabet", alphabet)
@@ -43,7 +44,7 @@ def byte_level(folder: Path, tokens: list[bytes], control: list[str] = LLAMA) ->
     words = alphabet + ["".join(character[byte] for byte in token) for token in tokens]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return save(tokenizer, control, folder / "tokens")
+    return save(tokenizer, special, folder / "tokens")
 
 
 def save_alphabet(folder: Path, alphabet: list[str]) -> Vocabulary:
@@ -54,8 +55,8 @@ def save_alphabet(folder: Path, alphabet: list[str]) -> Vocabulary:
 
 
 def sources(plan: TransferPlan, old: Vocabulary, new: Vocabulary, token: bytes | str) -> list[str]:
-    """The old tokens that a new one (a string: a control token) is made of, as the old tokenizer writes them."""
-    i = new.control[token] if isinstance(token, str) else new.token_bytes.index(token)
+    """The old tokens that a new one (a string: a special token) is made of, as the old tokenizer writes them."""
+    i = new.special[token] if isinstance(token, str) else new.token_bytes.index(token)
     return [old.tokenizer.id_to_token(int(j)) for j in plan.old_ids[plan.start[i] : plan.start[i + 1]]]
 
 
@@ -90,7 +91,7 @@ def test_control_tokens_have_counterparts(tmp_path: Path) -> None:
     assert [sources(plan, gemma, llama, word) for word in LLAMA] == [
         ["<bos>"],
         ["<start_of_turn>"],
-        ["\n"],  # what Gemma writes there, though it is no control token
+        ["\n"],  # what Gemma writes there, though it is no special token
         ["<end_of_turn>"],
         ["<pad>"],
         [],
@@ -109,9 +110,9 @@ def test_control_tokens_of_the_same_string_come_first(tmp_path: Path) -> None:
     old = byte_level(tmp_path / "old", [b"<think>"])
     new = byte_level(tmp_path / "new", [], [*reversed(LLAMA), "<think>"])
     plan = plan_transfer(old, new)
-    assert all(sources(plan, old, new, word) == [word] for word in new.control)
+    assert all(sources(plan, old, new, word) == [word] for word in new.special)
     assert (plan.copied, plan.averaged, plan.drawn) == (new.size, 0, 0)
-    # The other way round the string is a control token in the old vocabulary, and text in the new one.
+    # The other way round the string is a special token in the old vocabulary, and text in the new one.
     assert sources(plan_transfer(new, old), new, old, b"<think>") == ["<think>"]
     # Here it is both in both.
     both = byte_level(tmp_path / "both", [b"<a b>"], ["<a b>"])

@@ -1,4 +1,4 @@
-"""Vocabularies: bytes of tokens, control tokens and templates, encoding."""
+"""Vocabularies: bytes of tokens, special tokens and templates, encoding."""
 
 import json
 
@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from small_tokenizers import CHATML, GEMMA, LLAMA, byte_level, save, sentencepiece, vocabulary
 from tokenizers import pre_tokenizers
 
-from minalm.text import Control, InputError, Segment
-from minalm.vocab import Vocabulary, byte_vocabulary, load_vocabulary, with_control
+from minalm.errors import InputError
+from minalm.text.documents import Segment, Special
+from minalm.tokenization.tokenizer_json import load_vocabulary
+from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
 
 KINDS = ("llama", "qwen", "gemma", "llama2", "metaspace", "bytes of llama", "bytes of gemma")
 # Characters that these tokenizers have pieces of, spell byte by byte, or could mistake for something else.
@@ -33,20 +35,20 @@ def text_ids(vocabulary: Vocabulary, text: str) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS)
 @settings(max_examples=60, deadline=None)
-def test_text_is_spelled_and_never_becomes_control(kind, text):
+def test_text_is_spelled_and_never_becomes_special(kind, text):
     ours = vocabulary(kind)
     text = ours.normalize(text)
     (encoding,) = ours.encode([(Segment(text),)])
-    assert not set(ours.control.values()) & set(encoding.ids.tolist())
+    assert not set(ours.special.values()) & set(encoding.ids.tolist())
     spelled = b"".join(ours.token_bytes[i] for i in encoding.ids)
     if kind in ("llama2", "metaspace"):
-        assert encoding.spelled  # the dummy space before a text is not the text's
+        assert encoding.round_trips  # the dummy space before a text is not the text's
         assert spelled in (text.encode(), b" " + text.encode())
     else:
-        assert encoding.spelled
+        assert encoding.round_trips
         assert spelled == text.encode()
         assert ours.decode(encoding.ids) == text
-    if encoding.spelled and text:
+    if encoding.round_trips and text:
         ends = encoding.ends[encoding.ends >= 0]
         assert ends[-1] == len(text.encode()) == encoding.text_bytes.sum()
         assert (np.diff(ends) > 0).all()
@@ -54,14 +56,14 @@ def test_text_is_spelled_and_never_becomes_control(kind, text):
 
 
 def test_unspelled_text_is_found():
-    assert not vocabulary("qwen").encode([(Segment("e\u0301"),)])[0].spelled  # not normalised before
+    assert not vocabulary("qwen").encode([(Segment("e\u0301"),)])[0].round_trips  # not normalised before
     ok, bad = vocabulary("qwen").encode([(Segment("a"), Segment("b")), (Segment("a"), Segment("e\u0301"))])
-    assert ok.spelled and not bad.spelled
+    assert ok.round_trips and not bad.round_trips
 
 
 def test_dummy_space_is_part_of_the_first_token_or_a_token_without_length():
     ours = vocabulary("llama2")
-    (encoding,) = ours.encode([(Segment(Control("bos")), Segment("the 1"), Segment(Control("eos")))])
+    (encoding,) = ours.encode([(Segment(Special("bos")), Segment("the 1"), Segment(Special("eos")))])
     assert [ours.token_bytes[i] for i in encoding.ids] == [b"", b" the", b" ", b"1", b""]
     assert encoding.ends.tolist() == [1, 4, 5, 6, 7]
     (encoding,) = ours.encode([(Segment("1"),)])
@@ -74,7 +76,7 @@ def test_the_dummy_space_comes_once():
     for kind in ("llama2", "metaspace"):
         ours = vocabulary(kind)
         (encoding,) = ours.encode([(Segment("a\u2581b"), Segment("the"))])
-        assert encoding.spelled
+        assert encoding.round_trips
         assert b"".join(ours.token_bytes[i] for i in encoding.ids) == " a\u2581bthe".encode()
 
 
@@ -151,10 +153,10 @@ CHAT = (
     }.items(),
 )
 def test_chat_templates(kind, words):
-    piece = tuple(Segment(part if part == "hi" else Control(part)) for part in CHAT)
+    piece = tuple(Segment(part if part == "hi" else Special(part)) for part in CHAT)
     for ours in (vocabulary(kind), byte_vocabulary(vocabulary(kind))):
         (encoding,) = ours.encode([piece])
-        tokens = [[ours.control[word]] if word in ours.control else text_ids(ours, word) for word in words]
+        tokens = [[ours.special[word]] if word in ours.special else text_ids(ours, word) for word in words]
         assert encoding.ids.tolist() == [i for token in tokens for i in token]
         # Every part ends where it does for every other vocabulary, its other tokens nowhere.
         places = [end for end in encoding.ends if end >= 0 and end not in (5, 6)]
@@ -174,43 +176,43 @@ def test_template_follows_tokenizer_config(tmp_path):
     plain = load_vocabulary(save(tmp_path / "plain", byte_level(), ["<s>"], bos_token="<s>", eos_token="</s>"))
     assert plain.template == {"bos": ("<s>",), "eos": (), "pad": ()}
     assert (plain.pad_id, plain.eos_id) == (0, None)
-    ids = plain.encode([(Segment(Control("bos")), Segment("a"), Segment(Control("eos")))])[0].ids
-    assert ids.tolist() == [plain.control["<s>"], plain.id_of_bytes[b"a"]]
+    ids = plain.encode([(Segment(Special("bos")), Segment("a"), Segment(Special("eos")))])[0].ids
+    assert ids.tolist() == [plain.special["<s>"], plain.id_of_bytes[b"a"]]
 
 
 def test_chat_without_a_template_is_refused():
     with pytest.raises(InputError, match="no known chat template"):
-        vocabulary("llama2").encode([(Segment(Control("header_open")),)])
+        vocabulary("llama2").encode([(Segment(Special("header_open")),)])
 
 
 def test_byte_vocabulary():
     gemma = vocabulary("gemma")
     ours = byte_vocabulary(gemma)
     assert ours.token_bytes[:256] == tuple(bytes([byte]) for byte in range(256))
-    assert list(ours.control) == sorted(GEMMA) and list(ours.control.values()) == [256, 257, 258, 259, 260]
-    assert (ours.size, ours.pad_id, ours.eos_id) == (261, ours.control["<pad>"], ours.control["<eos>"])
+    assert list(ours.special) == sorted(GEMMA) and list(ours.special.values()) == [256, 257, 258, 259, 260]
+    assert (ours.size, ours.pad_id, ours.eos_id) == (261, ours.special["<pad>"], ours.special["<eos>"])
     longer = byte_vocabulary(gemma, [*sorted(GEMMA), "model", "user"])
     assert longer.part_ids("user") == [262] and longer.decode([262]) == "user"
     assert text_ids(longer, "user") == list(b"user")  # a word of the header is no token of text
-    assert longer.template_control == ours.template_control
+    assert longer.template_special == ours.template_special
     mask = longer.boundary_mask(270)
     assert np.flatnonzero(mask).tolist() == [9, 10, 32, 256, 257, 258, 259, 260]
 
 
 def test_control_of_another_vocabulary():
     qwen, llama = vocabulary("qwen"), vocabulary("llama")
-    ours = with_control(qwen, llama)
-    assert [ours.control[word] - qwen.size for word in LLAMA] == [0, 1, 2, 3, 4]
+    ours = with_special_tokens(qwen, llama)
+    assert [ours.special[word] - qwen.size for word in LLAMA] == [0, 1, 2, 3, 4]
     assert text_ids(ours, "the <think>") == text_ids(qwen, "the <think>")
-    assert ours.part_ids("end_of_turn") == [ours.control["<|eot_id|>"]]
-    assert with_control(qwen, qwen).control == qwen.control
-    marked = {i for i in np.flatnonzero(ours.boundary_mask(400)) if i in set(ours.control.values())}
-    assert marked == {ours.control[word] for word in LLAMA}  # Qwen's own are not of this template
+    assert ours.part_ids("end_of_turn") == [ours.special["<|eot_id|>"]]
+    assert with_special_tokens(qwen, qwen).special == qwen.special
+    marked = {i for i in np.flatnonzero(ours.boundary_mask(400)) if i in set(ours.special.values())}
+    assert marked == {ours.special[word] for word in LLAMA}  # Qwen's own are not of this template
 
 
 def test_boundary_mask_needs_room_for_what_can_be_written(tmp_path):
     ours = load_vocabulary(save(tmp_path / "t", byte_level(), [*GEMMA, "<image>"]))
-    image = ours.control["<image>"]
+    image = ours.special["<image>"]
     assert ours.boundary_mask(ours.size + 3).shape == (ours.size + 3,)
     assert not ours.boundary_mask(ours.size + 3)[image:].any()
     assert ours.boundary_mask(image).sum() == ours.boundary.sum()
@@ -235,7 +237,7 @@ def test_bad_tokenizers_are_named(tmp_path):
         load_vocabulary(save(tmp_path / "characters", sentencepiece(False, byte_fallback=False), ["<s>"]))
     alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"Ā", "ÿ"})  # bytes 0 and 255, as SmolLM2 lacks some
     rare = load_vocabulary(save(tmp_path / "rare", byte_level(alphabet=alphabet), ["<s>"]))
-    assert not rare.encode([(Segment("a\0"),)])[0].spelled
+    assert not rare.encode([(Segment("a\0"),)])[0].round_trips
     with pytest.raises(InputError, match="byte 0x61"):
         load_vocabulary(save(tmp_path / "gap", byte_level(text="b", alphabet=sorted(set(alphabet) - {"a"})), ["<s>"]))
 
@@ -246,7 +248,7 @@ def test_settings_of_a_tokenizer_file_that_would_change_rows_are_off(tmp_path):
     tokenizer.enable_padding(length=50)
     path = save(tmp_path / "t", tokenizer, LLAMA)
     assert json.loads((path / "tokenizer.json").read_text())["truncation"]
-    assert load_vocabulary(path).encode([(Segment("zzzzzzzz"),)])[0].spelled
+    assert load_vocabulary(path).encode([(Segment("zzzzzzzz"),)])[0].round_trips
 
 
 def test_a_hole_before_a_control_token_is_named(tmp_path):

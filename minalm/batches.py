@@ -1,0 +1,127 @@
+"""Batches of fixed shape made from pieces of text: numpy arrays on the host, computed ahead of their use."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from minalm.text.documents import Piece
+from minalm.tokenization.align import align
+from minalm.tokenization.suffixes import LongestSuffix
+from minalm.tokenization.vocabulary import Encoding, Vocabulary
+from minalm.types import AlignedChunks, Batch, Tokens
+
+T = TypeVar("T")
+
+
+class Side(NamedTuple):
+    """How one model, student or teacher, reads text."""
+
+    vocabulary: Vocabulary
+    suffixes: LongestSuffix | None  # only for a model with an input expansion
+    length: int  # tokens in a row
+
+
+def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Batch:
+    """One row for each piece, cut at the length of each side.
+
+    A piece is left out if either tokenizer's tokens do not spell it exactly: its row is empty, with weight 0 and no
+    chunks. Texts pass through the teacher's Unicode normalizer and then the student's before either tokenizer reads
+    them. Without a teacher, the student's tokens are aligned with themselves. The first token of a row has no
+    log-probability, and so neither has a chunk that contains it on either side: the chunk keeps its place in
+    `student_chunk_end` and `teacher_chunk_end`, but no target belongs to it.
+    """
+    for side in (teacher, student):
+        if side is not None and side.vocabulary.normalizer is not None:
+            pieces = [_normalized(piece, side.vocabulary) for piece in pieces]
+    ours = student.vocabulary.encode(pieces)
+    theirs = ours if teacher is None else teacher.vocabulary.encode(pieces)
+    usable = [our.round_trips and their.round_trips for our, their in zip(ours, theirs)]
+    ours, theirs = ([row if use else row.cut(0) for row, use in zip(rows, usable)] for rows in (ours, theirs))
+    return Batch(
+        student=_tokens(ours, student),
+        teacher=None if teacher is None else _tokens(theirs, teacher),
+        chunks=_chunks(ours, theirs, student, teacher or student),
+        left_out=~np.array(usable, bool),
+    )
+
+
+def read_ahead(make: Callable[[int], T], start: int, ahead: int = 2) -> Generator[T, None, None]:
+    """Yield make(start), make(start + 1), ..., up to `ahead` of them computed in advance by a background thread.
+
+    An exception in `make` is raised when its result is due. Closing the generator waits for the call in progress and
+    starts no other.
+    """
+    pool = ThreadPoolExecutor(1, "read-ahead")
+    try:
+        pending = deque(pool.submit(make, step) for step in range(start, start + ahead))
+        for step in count(start + ahead):
+            result = pending.popleft().result()
+            pending.append(pool.submit(make, step))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _normalized(piece: Piece, vocabulary: Vocabulary) -> Piece:
+    return tuple(
+        segment._replace(content=vocabulary.normalize(segment.content)) if isinstance(segment.content, str) else segment
+        for segment in piece
+    )
+
+
+def _tokens(rows: Sequence[Encoding], side: Side) -> Tokens:
+    pad, length = side.vocabulary.pad_id, side.length
+    inputs = np.full((len(rows), length), pad, np.int32)
+    targets = np.full((len(rows), length), pad, np.int32)
+    weight = np.zeros((len(rows), length), np.float32)
+    for row, encoding in enumerate(rows):
+        ids, following = encoding.ids[:length], encoding.ids[1:length]
+        inputs[row, : len(ids)] = ids
+        targets[row, : len(following)] = following
+        weight[row, : len(following)] = encoding.loss_mask[1:length]
+    return Tokens(inputs, targets, weight, None if side.suffixes is None else side.suffixes(inputs))
+
+
+def _chunks(ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side, teacher: Side) -> AlignedChunks:
+    rows, capacity = len(ours), min(student.length, teacher.length)
+    chunks = AlignedChunks(
+        student_chunk=np.full((rows, student.length), -1, np.int32),
+        teacher_chunk=np.full((rows, teacher.length), -1, np.int32),
+        student_chunk_end=np.full((rows, capacity), -1, np.int32),
+        teacher_chunk_end=np.full((rows, capacity), -1, np.int32),
+        before_space=np.zeros((rows, capacity), bool),
+        text_bytes=np.zeros((rows, capacity), np.int32),
+    )
+    for row, (our, their) in enumerate(zip(ours, theirs)):
+        aligned = align(our.cut(student.length), their.cut(teacher.length))
+        used = len(aligned.student_chunk_end)
+        chunks.student_chunk_end[row, :used] = aligned.student_chunk_end
+        chunks.teacher_chunk_end[row, :used] = aligned.teacher_chunk_end
+
+        chunk = aligned.student_chunk
+        text_bytes = np.bincount(chunk[chunk >= 0], our.text_bytes[: len(chunk)][chunk >= 0], used)
+        follows = _space_follows(our, student.vocabulary, aligned.student_chunk_end)
+        follows &= _space_follows(their, teacher.vocabulary, aligned.teacher_chunk_end)
+        chunks.text_bytes[row, :used] = text_bytes
+        chunks.before_space[row, :used] = follows | (text_bytes == 0)
+
+        first_in_chunk = 0 in (*aligned.student_chunk[:1], *aligned.teacher_chunk[:1])  # it can only be in chunk 0
+        for targets, chunk in (
+            (chunks.student_chunk[row], aligned.student_chunk[1:]),
+            (chunks.teacher_chunk[row], aligned.teacher_chunk[1:]),
+        ):
+            targets[: len(chunk)] = np.where(chunk == 0, -1, chunk) if first_in_chunk else chunk
+    return chunks
+
+
+def _space_follows(
+    row: Encoding, vocabulary: Vocabulary, chunk_end: Int64[np.ndarray, " chunk"]
+) -> Bool[np.ndarray, " chunk"]:
+    """Whether the token after each chunk starts with a space; False where the row ends with the chunk."""
+    following = np.minimum(chunk_end + 1, len(row.ids) - 1)
+    return vocabulary.starts_with_space[row.ids[following]] & (chunk_end < len(row.ids) - 1)

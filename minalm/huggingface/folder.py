@@ -1,0 +1,205 @@
+"""A model's folder with its tokenizer: enough to load the model, run it, and train it further."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from minalm.errors import InputError
+from minalm.huggingface import families, weights
+from minalm.huggingface.weights import LazyTensor
+from minalm.models import transformer
+from minalm.models.config import ModelConfig
+from minalm.models.transformer import Transformer
+from minalm.tokenization import chat
+from minalm.tokenization.suffixes import LongestSuffix, read_expansion, write_expansion
+from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
+from minalm.tokenization.vocabulary import Vocabulary
+
+# The keys of generation_config.json that say how to sample. Its other keys hold ids, which a new vocabulary changes.
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+# Files of a model, beside config.json and tensors, that `copy` takes along.
+COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+COPIED += ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+FROZEN = "frozen.safetensors"  # the tensors in a folder of `write_start`
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a model is used, beside its weights and tokenizer; a student takes it over from its teacher."""
+
+    chat_template: str | None = None
+    max_length: int | None = None  # tokens; nothing here depends on it
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # the SAMPLING keys of generation_config.json
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """What config.json, the chat template and generation_config.json of a folder say. Raises InputError."""
+    length = weights.read_json(folder / "config.json").get("max_position_embeddings")
+    return GenerationConfig(read_template(folder), length, _read_sampling(folder))
+
+
+def read_template(path: Path) -> str | None:
+    """The chat template in a folder, or beside a tokenizer.json. Raises InputError."""
+    template = chat.read_chat_template(path if path.is_dir() else path.parent)
+    return None if template is None else template.source
+
+
+def save(
+    folder: Path,
+    model: Transformer,
+    vocabulary: Vocabulary,
+    suffixes: LongestSuffix | None,
+    dtype: Literal["bfloat16", "float32"],
+    generation_config: GenerationConfig,
+) -> None:
+    """Writes a model and its tokenizer as a new Hugging Face folder, without rows past the vocabulary.
+
+    `suffixes` is the search of the model's input expansion, if it has one. The chat template is written as it is, so it
+    must use the special tokens of `vocabulary`. Raises InputError as `weights.save` does.
+    """
+    if (suffixes is None) != (model.config.expansion_size is None):
+        raise ValueError("`suffixes` belong to a model with an input expansion, and to no other")
+    keys, files = _files(vocabulary, suffixes, generation_config)
+    weights.save(folder, model, dtype, vocabulary_size=vocabulary.size, keys=keys, files=files)
+
+
+def copy(source: Path, folder: Path, model: Transformer, dtype: Literal["bfloat16", "float32"]) -> None:
+    """Writes the model of the folder `source` to a new one. The files of its tokenizer are copied as they are.
+
+    Code is not copied: a model with an input expansion gets ours. Raises InputError as `weights.save` does.
+    """
+    keys = families.informative(weights.read_json(source / "config.json"))
+    files = {name: (source / name).read_bytes() for name in COPIED if (source / name).is_file()}
+    weights.save(folder, model, dtype, keys=keys, files=files)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run's student without its trained leaves, which are in the run's checkpoints."""
+
+    config: ModelConfig  # its tables may have more rows than the vocabulary, for the mesh
+    vocabulary: Vocabulary
+    suffixes: LongestSuffix | None
+    generation_config: GenerationConfig
+    frozen: Mapping[str, LazyTensor]  # the leaves that are not trained, by name
+
+    def trained(self) -> Transformer:
+        """The tree of trained leaves in a checkpoint, as float32 zeros that take no memory; frozen leaves are None."""
+        shapes = transformer.abstract(self.config)
+        zeros = [
+            None if leaf in self.frozen else np.broadcast_to(np.float32(0), array.shape)
+            for leaf, array in transformer.leaves(shapes).items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
+
+    def model(self, trained: Transformer) -> Transformer:
+        """The whole student from its trained leaves."""
+        return transformer.from_leaves(self.config, transformer.leaves(trained) | dict(self.frozen))
+
+
+def write_start(
+    folder: Path,
+    student: Transformer,
+    trained: Transformer,
+    vocabulary: Vocabulary,
+    suffixes: LongestSuffix | None,
+    generation_config: GenerationConfig,
+) -> None:
+    """Writes a run's student without its trained leaves as a new folder, for `read_start`.
+
+    `trained` has a bool in the place of each leaf. The files are those of `save`, but frozen.safetensors holds the
+    tensors of the leaves that are not trained, in the dtype that they have. Raises InputError as `weights.save` does.
+    """
+    keys, files = _files(vocabulary, suffixes, generation_config)
+    is_trained = transformer.leaves(trained)
+    frozen = {leaf: array for leaf, array in transformer.leaves(student).items() if not is_trained[leaf]}
+    with weights.new_folder(folder, student.config, "float32", keys, files) as (partial, names):
+        weights.write_part(partial / FROZEN, frozen, names, None)
+
+
+def read_start(folder: Path) -> Start:
+    """The inverse of `write_start`; the frozen leaves stay in their file. Raises InputError for a damaged folder."""
+    vocabulary, suffixes = load_vocabularies(folder)
+    config, frozen = weights.read_config(folder / "config.json"), weights.read_part(folder / FROZEN)
+    return Start(config, vocabulary, suffixes, read_generation_config(folder), frozen)
+
+
+def load_vocabularies(folder: Path) -> tuple[Vocabulary, LongestSuffix | None]:
+    """The vocabulary of a model's folder, and the search of its input expansion if it has one. Raises InputError."""
+    vocabulary = load_vocabulary(folder)
+    single = tuple(bytes([byte]) for byte in range(256))
+    if vocabulary.tokenizer is not None and vocabulary.token_bytes[:256] == single:
+        added = {token.content: i for i, token in vocabulary.tokenizer.get_added_tokens_decoder().items()}
+        if sorted(added.values()) == list(range(256, vocabulary.size)):
+            # The tokenizer only spells bytes. A published model also has ids for words of its headers, not of texts.
+            vocabulary = dataclasses.replace(vocabulary, tokenizer=None, special=added)
+    config = weights.read_config(folder / "config.json")
+    if config.expansion_size is None:
+        return vocabulary, None
+    if vocabulary.tokenizer is not None:
+        raise InputError(f"{folder}: config.json has 'expand_input_ids', but tokenizer.json reads no plain bytes")
+    values = weights.read_json(folder / "config.json").get("expand_input_ids_dict")
+    return vocabulary, read_expansion(str(folder / "config.json"), values, vocabulary.size, config.expansion_size)
+
+
+def _read_sampling(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    values = weights.read_json(file) if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a JSON object: take it from the original model, or remove it")
+    found = {key: values[key] for key in SAMPLING if values.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) != (key == "do_sample"):
+            raise InputError(
+                f"{file}: {key} is {value!r}: write {'true or false' if key == 'do_sample' else 'a number'}"
+            )
+    return found
+
+
+def _tokenizer_config(vocabulary: Vocabulary, generation_config: GenerationConfig) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    words = {i: word for word, i in vocabulary.special.items()}
+    for part in ("bos", "eos", "pad"):
+        if ids := _special_ids(vocabulary, part):
+            config[f"{part}_token"] = words[ids[0]]
+    if generation_config.chat_template is not None:
+        config["chat_template"] = generation_config.chat_template
+    if generation_config.max_length is not None:
+        config["model_max_length"] = generation_config.max_length
+    return config
+
+
+def _special_ids(vocabulary: Vocabulary, part: str) -> list[int]:
+    return [vocabulary.special[word] for word in vocabulary.template.get(part, ()) if word in vocabulary.special]
+
+
+def _files(
+    vocabulary: Vocabulary, suffixes: LongestSuffix | None, generation_config: GenerationConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a model's folder, the keys of config.json that name tokens and the like, and the files of the tokenizer."""
+    ids = {part: _special_ids(vocabulary, part)[:1] for part in ("bos", "eos", "end_of_turn", "end_of_chat", "pad")}
+    stops = list(dict.fromkeys(ids["eos"] + ids["end_of_turn"] + ids["end_of_chat"]))  # generation ends at any of them
+    keys: dict[str, Any] = {
+        "bos_token_id": ids["bos"][0] if ids["bos"] else None,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": ids["pad"][0] if ids["pad"] else None,
+    }
+    files = {
+        "tokenizer.json": tokenizer_json(vocabulary),
+        "tokenizer_config.json": _tokenizer_config(vocabulary, generation_config),
+        "generation_config.json": {**keys, "eos_token_id": stops or None, **generation_config.sampling},
+    }
+    if generation_config.max_length is not None:
+        keys["max_position_embeddings"] = generation_config.max_length
+    if suffixes is not None:
+        keys["expand_input_ids_dict"] = write_expansion(suffixes)
+    return keys, files

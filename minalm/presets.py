@@ -1,0 +1,107 @@
+"""Named runs of train.py: for each a sentence, and the groups of settings that differ from their defaults."""
+
+from pathlib import Path
+from typing import Any
+
+from minalm.distill.losses import LossConfig
+from minalm.models.config import ModelConfig
+from minalm.parallel.mesh import MeshConfig
+from minalm.run.compute import ComputeConfig
+from minalm.run.folder import RunConfig
+from minalm.run.optimizer import OptimizerConfig
+from minalm.run.setup import DataConfig, StudentConfig
+
+TEACHER = Path(__file__).parents[1] / "quickstart_teacher"  # of the quickstart; beside the package in the repository
+FROM_THE_HUB = " Needs --data; the teacher is the hub's unless --teacher names a folder."
+
+
+def headline(name: str, teacher: str) -> dict[str, Any]:
+    """What both published byte models were trained with, written out whatever the defaults are."""
+    return dict(
+        run=RunConfig(out=Path("runs") / name),
+        student=StudentConfig(teacher=Path(teacher), expansion=True, train_expansion=False),
+        data=DataConfig(batch_size=32, piece_bytes=2048, student_length=2048, teacher_length=512),
+        losses=LossConfig(
+            sft=1.0,
+            alm=1.0,
+            latents=1.0,
+            balance="gradmag",
+            preserve_magnitude=True,
+            chunks="merged",
+            debias=True,
+            gamma=0.1,
+            divergence="binary_ce",
+            tau=100.0,
+            latents_layers="last",
+            latents_norm="l2_channelwise",
+        ),
+        optimizer=OptimizerConfig(
+            steps=20_000,
+            learning_rate=3e-5,
+            warmup_steps=2_000,
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-8,
+            weight_decay=0.0,
+            clip_norm=None,
+        ),
+        compute=ComputeConfig(compute_dtype="bfloat16", remat="dots"),
+        mesh=MeshConfig(fsdp=8, tp=2),  # of 16 chips this sends the least (docs/performance.md); published: 4 x 4
+    )
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quickstart": (
+        "A small subword model becomes byte-level on the text of Python's own library: minutes on 2 CPU cores.",
+        dict(
+            run=RunConfig(out=Path("runs/quickstart"), save_interval=500),
+            student=StudentConfig(teacher=TEACHER, train_expansion=True),
+            data=DataConfig(
+                stdlib=True, stdlib_fraction=0.25, batch_size=4, piece_bytes=384, student_length=384, teacher_length=128
+            ),
+            optimizer=OptimizerConfig(steps=1_500, learning_rate=6e-3, warmup_steps=50),
+            compute=ComputeConfig(compute_dtype="float32"),
+        ),
+    ),
+    "quickstart-teacher": (
+        "Pretrains the quickstart's teacher: next-token prediction alone, from random weights.",
+        dict(
+            run=RunConfig(out=Path("runs/quickstart-teacher")),
+            student=StudentConfig(
+                student_tokenizer=Path("runs/quickstart-tokenizer"),
+                architecture=ModelConfig(
+                    vocab_size=4096,
+                    embed=128,
+                    mlp=384,
+                    layers=4,
+                    heads=2,
+                    kv_heads=1,
+                    head_dim=64,
+                    windows=(None,) * 4,
+                ),
+            ),
+            data=DataConfig(stdlib=True, batch_size=16, piece_bytes=448, student_length=128),
+            losses=LossConfig(alm=0.0, balance="fixed"),
+            optimizer=OptimizerConfig(steps=4_500, learning_rate=4e-3, warmup_steps=100, clip_norm=1.0),
+            compute=ComputeConfig(compute_dtype="float32"),
+        ),
+    ),
+    "gemma2-2b-it-byte": (
+        "Gemma 2 2B IT becomes byte-level, as published." + FROM_THE_HUB,
+        headline("gemma2-2b-it-byte", "google/gemma-2-2b-it"),
+    ),
+    "llama3.2-3b-it-byte": (
+        "Llama 3.2 3B Instruct becomes byte-level, as published." + FROM_THE_HUB,
+        headline("llama3.2-3b-it-byte", "meta-llama/Llama-3.2-3B-Instruct"),
+    ),
+    "smollm2-135m-byte": (
+        "SmolLM2 135M Instruct becomes byte-level on one device." + FROM_THE_HUB,
+        dict(
+            run=RunConfig(out=Path("runs/smollm2-135m-byte"), log_interval=1, save_interval=20),
+            student=StudentConfig(teacher=Path("HuggingFaceTB/SmolLM2-135M-Instruct")),
+            data=DataConfig(batch_size=4, piece_bytes=512, student_length=512, teacher_length=192),
+            losses=LossConfig(sft=1.0, alm=1.0, latents=1.0),
+            optimizer=OptimizerConfig(steps=200, learning_rate=3e-4, warmup_steps=20),  # an hour of two CPU cores
+        ),
+    ),
+}

@@ -1,0 +1,148 @@
+"""What a run says as it goes: its logs, its evaluations, samples of its student, and the terminal."""
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from minalm.errors import InputError, check_at_least
+from minalm.evaluation.bits_per_byte import measure
+from minalm.evaluation.samples import continue_texts
+from minalm.run import console
+from minalm.run.folder import RunFolder
+from minalm.run.setup import Texts
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out text."""
+
+    evaluation_rows: int = 256
+    """Rows of held-out text that are evaluated."""
+    evaluation_skip: int = 0
+    """Rows of held-out text before those (to choose settings on other text than the final numbers come from)."""
+    evaluation_interval: int | None = None
+    """Steps between evaluations, beside those at both ends. Default: none."""
+    samples: int = 3
+    """Held-out texts that the student continues, before and after."""
+
+    def check(self) -> None:
+        """Raises InputError for values that make no sense."""
+        lowest = {"evaluation_rows": 1, "evaluation_skip": 0, "evaluation_interval": 1, "samples": 0}
+        check_at_least(self, lowest)
+
+    def check_rows(self, texts: Texts) -> None:
+        """Raises InputError if there is nothing left to evaluate on."""
+        if texts.held_out is not None and self.evaluation_skip >= len(texts.held_out):
+            raise InputError(
+                f"--evaluation-skip {self.evaluation_skip} passes over all {len(texts.held_out)} held-out rows: lower it"
+            )
+
+
+class Recorder:
+    """The logs of a run, from `first` steps on.
+
+    The numbers of a step are fetched when the next one has been dispatched, so that devices never wait for the host.
+    """
+
+    def __init__(self, run: RunFolder, config: EvaluationConfig, texts: Texts, steps: int, first: int):
+        self.run, self.config, self.texts, self.steps = run, config, texts, steps
+        self.metrics, self.evaluations, self.samples = (
+            run.log(name, first) for name in ("metrics", "evaluations", "samples")
+        )
+        last = self.metrics.rows[-1] if self.metrics.rows else {}
+        self.dropped, self.seconds_before = last.get("dropped", 0), last.get("seconds", 0.0)
+        self.began = time.monotonic()
+        self.pending: tuple[int, dict[str, jax.Array], float | None] | None = None
+        self.bar = console.progress_bar()
+        self.task = self.bar.add_task("compiling", total=steps, completed=first)
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a --resume included."""
+        return round(self.seconds_before + time.monotonic() - self.began, 1)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether held-out text is measured after this step, beside both ends of the run."""
+        interval = self.config.evaluation_interval
+        return interval is not None and step % interval == 0
+
+    def note(self, step: int, metrics: dict[str, jax.Array], rate: float | None) -> None:
+        """Takes the numbers of a step, and records those of the step before. With `rate`, a row of this
+        step goes to metrics.jsonl."""
+        self.flush()
+        self.pending = step, metrics, rate
+
+    def flush(self) -> None:
+        """Records the numbers of the last step. Raises InputError if one is not finite."""
+        if self.pending is None:
+            return
+        (step, metrics, rate), self.pending = self.pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not np.isfinite(list(values.values())).all():
+            raise InputError(
+                f"step {step} gave numbers that are not finite ({values}): "
+                "start again with a lower --learning-rate or with --clip-norm"
+            )
+        self.dropped += int(values.pop("left_out"))
+        self.bar.update(self.task, completed=step, description=console.progress_line(values))
+        if rate is not None:
+            row = {"step": step, "seconds": self.seconds(), **values, "learning_rate": rate, "dropped": self.dropped}
+            self.metrics.write(row)
+
+    def evaluate(self, step: int, trained: PyTree, frozen: Any, dtype: jnp.dtype) -> None:
+        """Measures held-out text and, at both ends, shows samples, unless the run has these rows already. Raises InputError
+        for numbers that are not finite.
+
+        `trained` are the student's trained parameters, `frozen` is train.Frozen: all else that a model reads.
+        """
+        texts, mesh = self.texts, self.texts.mesh
+        if texts.held_out is None:
+            return
+        student, masks = eqx.combine(trained, frozen.student), (frozen.student_mask, frozen.teacher_mask)
+        if self.evaluations.at(step) is None:
+            batches = texts.held_out_batches(self.config.evaluation_skip, self.config.evaluation_rows)
+            found = measure(student, frozen.teacher, *masks, batches, mesh, dtype)
+            if not np.isfinite(list(found.values())).all():
+                raise InputError(
+                    f"held-out text after step {step} gave numbers that are not finite ({found}): "
+                    "try --compute-dtype float32, or other weights"
+                )
+            agreement = found.pop("agreement", None)
+            seconds = self.seconds() if step else 0.0
+            self.evaluations.write({"step": step, "seconds": seconds, "bits_per_byte": found, "agreement": agreement})
+        if self.config.samples and step in (0, self.steps) and self.samples.at(step) is None:
+            shown = continue_texts(
+                student, masks[0], texts.student, texts.held_out, self.config.samples, mesh, dtype, texts.seed
+            )
+            rows = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in shown]
+            self.samples.write({"step": step, "samples": rows})
+            console.show_samples(shown)
+        if step == 0:
+            self.began = time.monotonic()
+
+    def finish(self) -> None:
+        """The table of results, and summary.json, on the first process."""
+        bits: dict[str, float | None] = {"teacher": None}
+        agreement = {}
+        for name, step in (("student_start", 0), ("student_end", self.steps)):
+            row = self.evaluations.at(step) or {"bits_per_byte": {}, "agreement": None}
+            bits[name], agreement[name] = row["bits_per_byte"].get("student"), row["agreement"]
+            bits["teacher"] = row["bits_per_byte"].get("teacher")
+        if self.texts.held_out is not None:
+            console.show_results(bits, agreement)
+        if self.dropped:
+            console.say(f"{self.dropped} texts were left out: the two tokenizers do not spell them alike.")
+        summary = {
+            "bits_per_byte": bits,
+            "agreement": agreement,
+            "steps": self.steps,
+            "seconds": self.metrics.rows[-1]["seconds"],
+        }
+        (self.run.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        console.say(f"The student is in {self.run.exported}, the numbers are in {self.run.path / 'summary.json'}.")

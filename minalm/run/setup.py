@@ -1,0 +1,367 @@
+"""What a run reads: the models that it begins with, and its text."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import equinox as eqx
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+from minalm.batches import Side, make_batch
+from minalm.distill.losses import LOSSES, LossConfig
+from minalm.errors import InputError, check_at_least, flag
+from minalm.huggingface import weights
+from minalm.huggingface.configs import known_config
+from minalm.huggingface.folder import (
+    GenerationConfig,
+    load_vocabularies,
+    read_generation_config,
+    read_template,
+    write_start,
+)
+from minalm.models.config import ModelConfig
+from minalm.models.head import VocabularyMask
+from minalm.models.student import pad_rows, student_from_teacher
+from minalm.models.transformer import Transformer, abstract, initialize
+from minalm.parallel.mesh import local_rows
+from minalm.run.fingerprint import model_fingerprint
+from minalm.text.corpus import Corpus, read_corpus, text_corpus
+from minalm.text.documents import Piece
+from minalm.text.stdlib import stdlib_documents
+from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
+from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
+from minalm.tokenization.transfer import plan_transfer
+from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
+from minalm.types import Batch
+
+ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The teacher, and what the student begins as."""
+
+    teacher: Path | None = None
+    """Hugging Face folder of the teacher, or its name on the hub as org/name; the student starts from it too. Without
+    one only sft is possible."""
+    student: Path | None = None
+    """Start from this model instead, with its own tokenizer: a byte student of an earlier run, or a published one."""
+    student_tokenizer: Literal["bytes"] | Path = "bytes"
+    """What the student reads: bytes, or a tokenizer.json (or its folder)."""
+    special_tokens: Annotated[Literal["keep", "change"], tyro.conf.arg(aliases=["--control"])] = "keep"
+    """Special tokens and chat template of a student with a tokenizer: the teacher's, or that tokenizer's own."""
+    tied: bool | None = None
+    """Whether the student's output table is its input table. Default: not for bytes, else as the teacher's."""
+    student_weights: Literal["transfer", "random"] = "transfer"
+    """Start from the teacher's weights, or, to compare, from random ones of the same shape."""
+    expansion: bool = True
+    """Byte students: add to each byte's embedding the teacher's embedding of the longest of its tokens that ends
+    there."""
+    train_expansion: bool = False
+    """Train the expansion table too. By default it stays as the teacher's embedding table is."""
+    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = None  # of a run without a teacher
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files and folders that are read."""
+        return [path for path in (self.teacher, self.student, self.student_tokenizer) if isinstance(path, Path)]
+
+    def check(self, losses: LossConfig) -> None:
+        """Raises InputError for settings that do not go together."""
+        if self.train_expansion and not self.expansion:
+            raise InputError("--train-expansion trains a table that --no-expansion leaves out: choose one")
+        if self.architecture is not None and (self.teacher is not None or self.student is not None):
+            raise InputError(
+                "this preset pretrains an architecture of its own: use another with --teacher or --student"
+            )
+        if self.teacher is None:
+            if losses.needs_teacher:
+                names = [name for name in LOSSES if LOSSES[name].needs_teacher]
+                zero = " ".join(f"--losses.{name} 0" for name in names)
+                raise InputError(f"{' and '.join(names)} need a teacher: give --teacher, or {zero}")
+            if self.architecture is None and self.student is None:
+                raise InputError("there is no model to start from: name a Hugging Face folder with --teacher")
+            if self.student_tokenizer == "bytes" and self.student is None:
+                raise InputError("without a teacher there is no tokenizer: name one with --student-tokenizer")
+        if self.student is not None:
+            for name in OF_A_NEW_STUDENT:
+                if getattr(self, name) != getattr(StudentConfig, name):  # the default
+                    given = "--no-expansion" if name == "expansion" else flag(name)
+                    raise InputError(f"--student brings its own tokenizer and tables: leave out {given}")
+        elif self.student_tokenizer == "bytes":
+            for name, value in (("special_tokens", "change"), ("tied", True)):
+                if getattr(self, name) == value:
+                    raise InputError(
+                        f"{flag(name)} {value} is not for bytes: give --student-tokenizer, or leave it out"
+                    )
+
+
+OF_A_NEW_STUDENT = ("student_tokenizer", "special_tokens", "tied", "student_weights", "expansion")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model that a run begins with, and how it reads text."""
+
+    model: Transformer  # the weights in their files, or tables of a new vocabulary on the host
+    vocabulary: Vocabulary | None  # None: the model's shapes alone are known
+    suffixes: LongestSuffix | None  # of a model with an input expansion
+    mask: VocabularyMask
+
+    @classmethod
+    def of_shapes(cls, model: Transformer) -> "LoadedModel":
+        """A model that is not there, to compile for."""
+        mask = VocabularyMask(*(np.zeros(model.config.vocab_size, bool) for _ in range(2)))
+        return cls(model, None, None, mask)
+
+    @classmethod
+    def read(cls, name: Path) -> "LoadedModel":
+        """A folder, or a model of the hub. Raises InputError."""
+        folder = weights.find(name)
+        return cls.of(weights.read(folder), *load_vocabularies(folder))
+
+    @classmethod
+    def of(cls, model: Transformer, vocabulary: Vocabulary, suffixes: LongestSuffix | None) -> "LoadedModel":
+        """Raises InputError if the tokenizer has more ids than the model has rows."""
+        rows = model.config.vocab_size
+        mask = VocabularyMask(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
+        return cls(model, vocabulary, suffixes, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What a run begins with."""
+
+    student: LoadedModel
+    teacher: LoadedModel | None
+    trained: Transformer  # the student as bools: which parameters are trained
+    generation_config: GenerationConfig
+
+    def write_student(self, folder: Path) -> None:
+        """What of the student training does not change, as a folder."""
+        student = self.student
+        write_start(folder, student.model, self.trained, student.vocabulary, student.suffixes, self.generation_config)
+
+
+def load_models(config: StudentConfig, student_length: int, seed: int) -> Models:
+    """Reads vocabularies and checks models; no weights are held but the tables of a new vocabulary.
+
+    Raises InputError for models and tokenizers that are damaged, incomplete or do not fit.
+    """
+    teacher = None if config.teacher is None else LoadedModel.read(config.teacher)
+    generation_config = GenerationConfig()
+    if config.student is not None or teacher is not None:
+        generation_config = read_generation_config(weights.find(config.student or config.teacher))
+    if config.student is not None:
+        student = LoadedModel.read(config.student)
+        model, vocabulary, suffixes = student.model, student.vocabulary, student.suffixes
+        model = pad_rows(model, padded_rows(vocabulary))
+    else:
+        vocabulary, suffixes = new_vocabulary(config, teacher)
+        model = new_student(config, teacher, vocabulary, suffixes is not None, seed)
+        if config.special_tokens == "change":
+            template = read_template(config.student_tokenizer)
+            generation_config = dataclasses.replace(generation_config, chat_template=template)
+    if model.config.layers < 2:
+        raise InputError(f"{config.student or config.teacher} has one layer: use a model of at least two")
+    tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
+    length = generation_config.max_length or student_length
+    return Models(
+        student=LoadedModel.of(model, vocabulary, suffixes),
+        teacher=teacher,
+        trained=trained_parameters(config, model),
+        generation_config=dataclasses.replace(generation_config, max_length=length),
+    )
+
+
+def trained_parameters(config: StudentConfig, student: Transformer) -> Transformer:
+    """The student with True in the place of each parameter that is trained, False of each that stays as it is."""
+    trained = jax.tree.map(lambda _: True, student)
+    if student.expansion is not None and not config.train_expansion:
+        trained = eqx.tree_at(lambda model: model.expansion, trained, False)
+    return trained
+
+
+def model_shapes(config: StudentConfig, student_length: int, seed: int) -> Models:
+    """The models that a run would load; for a known model that is not on disk, only its shapes. Fetches nothing.
+
+    Raises InputError if the shapes are not known without a download.
+    """
+    if config.teacher is None or config.teacher.exists():
+        return load_models(config, student_length, seed)
+    teacher = known_config(str(config.teacher))
+    if teacher is None or config.student is not None or config.student_tokenizer != "bytes":
+        raise InputError(
+            f"--compile-only fetches nothing, and without {config.teacher} the shapes of this run are not known: "
+            "name the folder of the teacher"
+        )
+    student = dataclasses.replace(
+        teacher,
+        vocab_size=256 + ROW_MULTIPLE,  # bytes, and up to that many special tokens
+        tied=False,
+        expansion_size=teacher.vocab_size if config.expansion else None,
+    )
+    student, teacher = (LoadedModel.of_shapes(abstract(shape)) for shape in (student, teacher))
+    return Models(student, teacher, trained_parameters(config, student.model), GenerationConfig())
+
+
+def padded_rows(vocabulary: Vocabulary) -> int:
+    """Rows of a table for this vocabulary."""
+    return -(-vocabulary.size // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def new_vocabulary(config: StudentConfig, teacher: LoadedModel | None) -> tuple[Vocabulary, LongestSuffix | None]:
+    """What a new student reads, and the search of its input expansion. Raises InputError."""
+    if config.student_tokenizer == "bytes":
+        vocabulary = byte_vocabulary(teacher.vocabulary)
+        return vocabulary, longest_suffix(teacher.vocabulary, vocabulary) if config.expansion else None
+    vocabulary = load_vocabulary(config.student_tokenizer)
+    if config.special_tokens == "keep" and teacher is not None:
+        vocabulary = with_special_tokens(vocabulary, teacher.vocabulary)
+    return vocabulary, None
+
+
+def new_student(
+    config: StudentConfig, teacher: LoadedModel | None, vocabulary: Vocabulary, expansion: bool, seed: int
+) -> Transformer:
+    """The teacher on another vocabulary, or a model of random weights."""
+    if teacher is None:
+        return initialize(config.architecture, jax.random.key(seed))
+    tied = config.tied
+    if tied is None:
+        tied = teacher.model.config.tied and config.student_tokenizer != "bytes"
+    plan = plan_transfer(teacher.vocabulary, vocabulary)
+    student = student_from_teacher(teacher.model, plan, expansion, tied, padded_rows(vocabulary), seed)
+    return student if config.student_weights == "transfer" else initialize(student.config, jax.random.key(seed))
+
+
+def check_hidden_states(losses: LossConfig, models: Models) -> None:
+    """Raises InputError unless the hidden states that a loss compares are of one shape."""
+    found = [name for name in losses.names if LOSSES[name].needs_states]
+    for name, compared in (("embed", losses.needs_states), ("layers", losses.compares_all_layers)):
+        if not compared:
+            continue
+        ours, theirs = (getattr(side.model.config, name) for side in (models.student, models.teacher))
+        if ours != theirs:
+            raise InputError(
+                f"{' and '.join(found)} compares hidden states, but {name} is {ours} in the student and {theirs} in the "
+                f"teacher: give {' '.join(f'--losses.{loss} 0' for loss in found)}"
+            )
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it becomes rows."""
+
+    data: tuple[Path, ...] = ()
+    """Training text: .txt and .jsonl files (`text` or `messages`), or folders of them."""
+    held_out: tuple[Path, ...] = ()
+    """Text for the evaluation at both ends of the run, in the same forms."""
+    stdlib: bool = False
+    """Where --data or --held-out name no files: the sources of Python's standard library, split by a hash of paths."""
+    stdlib_fraction: float = 1.0
+    """Share of the standard library's training documents that the student sees."""
+    mask_prompt: bool = False
+    """Chats: only the assistant's turns count in the losses."""
+    piece_bytes: int = 2048
+    """Documents are cut into pieces of at most this many bytes, one a row."""
+    student_length: int = 2048
+    """Tokens of a row, student's side. What is longer is cut off."""
+    teacher_length: int = 512
+    """Tokens of a row, teacher's side. What is longer is cut off."""
+    batch_size: int = 32
+    """Rows of a step, over all devices."""
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Files and folders that are read."""
+        return [*self.data, *self.held_out]
+
+    def check(self, needs_text: bool) -> None:
+        """Raises InputError for values that make no sense."""
+        # A row of one token has nothing to predict.
+        check_at_least(self, {"batch_size": 1, "student_length": 2, "teacher_length": 2})
+        if not 0.0 < self.stdlib_fraction <= 1.0:
+            raise InputError(f"--stdlib-fraction is {self.stdlib_fraction}: it must be above 0 and at most 1")
+        if needs_text and not self.data and not self.stdlib:
+            raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The text of a run, and what makes batches of it. A batch is a function of (seed, step)."""
+
+    config: DataConfig
+    training: Corpus
+    held_out: Corpus | None
+    student: Side
+    teacher: Side | None
+    seed: int
+    mesh: Mesh
+
+    def rows(self, pieces: list[Piece]) -> Batch:
+        """Of a batch of these pieces, the rows of this process's devices."""
+        return make_batch([pieces[row] for row in local_rows(self.mesh, len(pieces))], self.student, self.teacher)
+
+    def batch(self, step: int) -> Batch:
+        """What the update after `step` others learns from."""
+        return self.rows(self.training.batch(self.seed, step, self.config.batch_size))
+
+    def held_out_batches(self, skip: int, count: int) -> Iterator[Batch]:
+        """`count` rows of held-out text behind the first `skip`; the last batch is filled up with empty rows."""
+        pieces = self.held_out.batch(0, 0, min(skip + count, len(self.held_out)))[skip:]
+        pieces += [()] * (-len(pieces) % self.config.batch_size)
+        for first in range(0, len(pieces), self.config.batch_size):
+            yield self.rows(pieces[first : first + self.config.batch_size])
+
+
+def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh) -> Texts:
+    """Training and held-out text; all of it is read and checked. Raises InputError."""
+    student, teacher = models.student, models.teacher
+    training = read_texts(config, config.data, "training", config.stdlib_fraction)
+    held_out = read_texts(config, config.held_out, "held_out", 1.0)
+    for corpus in (training, held_out):
+        for model in (student, teacher):
+            for part in corpus.chat_parts if corpus is not None and model is not None else ():
+                model.vocabulary.part_ids(part)  # raises if it cannot write that
+    return Texts(
+        config=config,
+        training=training,
+        held_out=held_out,
+        student=Side(student.vocabulary, student.suffixes, config.student_length),
+        teacher=None if teacher is None else Side(teacher.vocabulary, teacher.suffixes, config.teacher_length),
+        seed=seed,
+        mesh=mesh,
+    )
+
+
+def read_texts(
+    config: DataConfig, files: tuple[Path, ...], split: Literal["training", "held_out"], fraction: float
+) -> Corpus | None:
+    """The documents of files or, where none are named, of the standard library if it is wanted. Raises InputError."""
+    if files:
+        return read_corpus(files, config.piece_bytes, config.mask_prompt)
+    return text_corpus(stdlib_documents(split, fraction), config.piece_bytes) if config.stdlib else None
+
+
+def fingerprints(student: StudentConfig, texts: Texts) -> dict[str, str]:
+    """What a run reads -> a hash of it. The text of the standard library is included, so that another Python version is
+    detected."""
+    found = {"the training text": texts.training.fingerprint}
+    if texts.held_out is not None:
+        found["the held-out text"] = texts.held_out.fingerprint
+    for name, path in (("teacher", student.teacher), ("student", student.student)):
+        if path is not None:
+            found[f"the model of --{name}"] = model_fingerprint(weights.find(path))
+    if isinstance(student.student_tokenizer, Path):
+        found["the tokenizer of --student-tokenizer"] = model_fingerprint(student.student_tokenizer)
+    return found

@@ -1,0 +1,243 @@
+"""Hugging Face's tokenizer.json <-> a Vocabulary."""
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Normalizer
+
+from minalm.errors import InputError
+from minalm.tokenization.chat_table import own_parts, template_of
+from minalm.tokenization.vocabulary import META, Vocabulary
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, or of its folder; tokenizer_config.json beside it names bos, eos and pad.
+
+    Special tokens are the added tokens marked `special`; the others are ordinary text. The chat template is that of the
+    family whose special tokens the tokenizer has (Llama 3, Gemma, Qwen, SmolLM2), unless the checkpoint brings one that
+    writes turns in another way (OLMo has Qwen's special tokens); of other tokenizers it is what the checkpoint brings.
+    One that cannot be read is no error before a chat is to be written: `refusal` says then what is wrong.
+
+    Raises InputError if there is no such file, or if the tokenizer spells neither bytes (byte-level BPE) nor has
+    `<0xNN>` tokens to fall back on.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
+    try:
+        spec = json.loads(file.read_text("utf-8"))
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(
+            f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
+        ) from error
+    if changed := _without_prefix_space(spec):
+        continuing = Tokenizer.from_str(json.dumps(changed))
+    else:
+        continuing = None
+    for each in filter(None, (tokenizer, continuing)):
+        each.no_truncation()
+        each.no_padding()
+        each.encode_special_tokens = True  # text that looks like a special token stays text
+
+    config_file = file.with_name("tokenizer_config.json")
+    try:
+        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        names = {part: _token_name(config.get(f"{part}_token")) for part in ("bos", "eos", "pad")}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{config_file} is no tokenizer configuration: take it from the original model") from error
+    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or [] if token["special"]}
+    token_bytes, fallback = _token_bytes(spec, tokenizer.get_vocab(with_added_tokens=True))
+    for word, i in special.items():
+        if i >= len(token_bytes):  # the library closes holes, and gives the token another id than the file says
+            raise InputError(f"{file}: the ids before {i}, that of {word!r}, have holes: use a tokenizer without")
+        token_bytes[i] = b""
+    if missing := _ORDINARY - {token for token in token_bytes if len(token) == 1}:
+        raise InputError(
+            f"{file} cannot spell every text (it has no token for byte 0x{min(missing).hex()}): "
+            "use a byte-level tokenizer or one with byte fallback"
+        )
+    normalizer = _unicode_normalizer(spec.get("normalizer"))
+    try:
+        own, refusal = own_parts(file.parent, names, special), ""
+    except InputError as error:
+        own, refusal = None, str(error)
+    template = template_of(special, names, own)
+    asked = config.get("add_bos_token")  # where tokenizer_config.json says it, the post-processor does not matter
+    adds_bos = asked if isinstance(asked, bool) else prefixes(spec)[:1] == list(template["bos"])
+    values = str(path), tokenizer, normalizer, fallback, tuple(token_bytes), special, template
+    return Vocabulary(*values, continuing, adds_bos and template["bos"] != (), refusal)
+
+
+def prefixes(spec: Mapping[str, Any]) -> list[str]:
+    """The special tokens that the post-processor of a tokenizer.json puts before a text."""
+    steps = _steps(spec.get("post_processor"), "processors")
+    parts = [part for step in steps if step["type"] == "TemplateProcessing" for part in step["single"]]
+    return [part["SpecialToken"]["id"] for part in takewhile(lambda part: "SpecialToken" in part, parts)]
+
+
+# A byte-level BPE writes each byte as one printable character: itself where it is printable, else one from U+0100 on
+# (GPT-2's encoder.py, bytes_to_unicode).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+
+
+_FROM_BYTE_LEVEL = {0x100 + i: byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
+
+
+# What a vocabulary must spell to be of use: the bytes of UTF-8 text without control characters and the rarer planes,
+# which some vocabularies lack (SmolLM2). A text that has one of those is found not to be spelled.
+_ORDINARY = {bytes([byte]) for byte in (0x09, 0x0A, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))}
+
+
+def _token_bytes(spec: Mapping[str, Any], vocab: Mapping[str, int]) -> tuple[list[bytes], dict[int, int]]:
+    """The bytes of each token, by id, and for each byte that has a fallback token `<0xNN>` its id.
+
+    `vocab` gives the ids of all tokens, including the added ones, which are always written as text.
+    """
+    byte_level = '"ByteLevel"' in json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
+    added = {token["id"] for token in spec.get("added_tokens") or []}
+    token_bytes, fallback = [b""] * (1 + max(vocab.values())), {}
+    for token, i in vocab.items():
+        if byte_level and i not in added:
+            token_bytes[i] = _from_byte_level(token)
+        elif spec["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token) and i not in added:
+            fallback[int(token[3:5], 16)] = i
+            token_bytes[i] = bytes([int(token[3:5], 16)])
+        else:
+            token_bytes[i] = (token if byte_level else token.replace(META, " ")).encode()
+    return token_bytes, fallback
+
+
+def _from_byte_level(token: str) -> bytes:
+    try:
+        return token.translate(_FROM_BYTE_LEVEL).encode("latin-1")
+    except UnicodeEncodeError:  # not of that alphabet: no text becomes this token
+        return b""
+
+
+def _steps(spec: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or post-processor, also where there is one, none, or lists in lists."""
+    steps = [spec] if spec else []
+    while any(step["type"] == "Sequence" for step in steps):
+        steps = [part for step in steps for part in step.get(key, [step])]
+    return steps
+
+
+def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A tokenizer.json that puts no space before a text, but is the same otherwise; None if it is so already."""
+    steps = _steps(spec.get("normalizer"), "normalizers")
+    kept = [step for step in steps if step["type"] != "Prepend"]
+    splits = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    bare = [step | _NO_SPACE.get(step["type"], {}) for step in splits]
+    if kept == steps and bare == splits:
+        return None
+    normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": bare} if bare else None
+    return {**spec, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+
+
+_NO_SPACE = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+
+
+def _unicode_normalizer(spec: dict | None) -> Normalizer | None:
+    """What of a tokenizer.json's normalizer acts on the text; the rest belongs to how tokens spell bytes."""
+    steps = _steps(spec, "normalizers")
+    spells = ("Prepend", "ByteLevel")
+    steps = [s for s in steps if s["type"] not in spells and not (s["type"] == "Replace" and META in s["content"])]
+    if not steps:
+        return None
+    model, normalizer = {"type": "BPE", "vocab": {}, "merges": []}, {"type": "Sequence", "normalizers": steps}
+    return Tokenizer.from_str(json.dumps({"model": model, "normalizer": normalizer})).normalizer
+
+
+def _token_name(token: str | dict | None) -> str | None:
+    """tokenizer_config.json gives a special token as its string, or as an object that holds it."""
+    name = token["content"] if isinstance(token, dict) else token
+    if not isinstance(name, str | None):
+        raise TypeError
+    return name
+
+
+def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The tokenizer.json of a vocabulary.
+
+    It puts bos before a text where `Vocabulary.adds_bos` says so. Raises InputError if the format cannot give the
+    tokens the ids that they have.
+    """
+    if vocabulary.tokenizer is None:
+        spec = _bytes_json()
+    else:
+        spec = json.loads(vocabulary.tokenizer.to_str())
+    present = {token["id"] for token in spec["added_tokens"]}
+    spec["added_tokens"] += [
+        {
+            "id": i,
+            "content": word,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for word, i in sorted(vocabulary.special.items(), key=lambda item: item[1])
+        if i not in present
+    ]
+    bos = list(vocabulary.template.get("bos", ())) if vocabulary.adds_bos else []
+    if prefixes(spec) != bos:
+        spec["post_processor"] = _bos_processor(bos, vocabulary) if bos else None
+    try:
+        ids = Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(
+            f"{vocabulary.name}: its tokens cannot be written as a tokenizer.json ({error}): use another tokenizer"
+        ) from error
+    for word, i in vocabulary.special.items():
+        if ids.get(word) != i:
+            raise InputError(
+                f"{vocabulary.name}: a tokenizer.json cannot give {word!r} the id {i} (it becomes {ids.get(word)}): "
+                "use a tokenizer whose ids have no holes"
+            )
+    return spec
+
+
+def _bos_processor(bos: list[str], vocabulary: Vocabulary) -> dict[str, Any]:
+    """A post-processor of a tokenizer.json that puts special tokens before a text, and before each of a pair."""
+    first, second = (
+        [{"SpecialToken": {"id": word, "type_id": kind}} for word in bos]
+        + [{"Sequence": {"id": name, "type_id": kind}}]
+        for kind, name in enumerate("AB")
+    )
+    tokens = {word: {"id": word, "ids": [vocabulary.special[word]], "tokens": [word]} for word in bos}
+    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": tokens}
+
+
+def _bytes_json() -> dict[str, Any]:
+    """A byte-level BPE without merges: a text becomes its UTF-8 bytes, and byte b has the id b."""
+    characters = {byte: byte for byte in _PRINTABLE} | {byte: code for code, byte in _FROM_BYTE_LEVEL.items()}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {chr(characters[byte]): byte for byte in range(256)},
+            "merges": [],
+        },
+    }
