@@ -10,7 +10,7 @@
 #
 # Tests run in float32 at the highest precision of matrix products. Those that need several devices are skipped: gradients
 # on a mesh, heads over `tp`, a batch in parts over a mesh. The kernel for TPUs is left out, interpreted as well.
-# Each test is named as it ends, so that what failed is known if the time is up first.
+# Each test is named as it ends. If the time is up first, pytest is interrupted, and says why those failed that did.
 # --tiny tries the times with small models on whatever device there is, and leaves the tests out.
 set -u
 cd "$(dirname "$0")/.."
@@ -24,7 +24,7 @@ fi
 failed=0
 if [ "${1:-}" != "--tiny" ]; then
     MINALM_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
-        timeout "${TEST_SECONDS:-150}" "$PYTHON" -m pytest -v -n4 --dist=load -rs -W default \
+        timeout -s INT -k 10 "${TEST_SECONDS:-150}" "$PYTHON" -m pytest -v -n4 --dist=load --tb=short -rs -W default \
         tests/test_attention.py tests/test_losses.py tests/test_step.py -k "${TESTS:-not kernel and not refused}" || failed=1
 fi
 timeout "${TIME_SECONDS:-320}" "$PYTHON" benchmarks/gpu.py "$@" || failed=1

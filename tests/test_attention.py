@@ -396,7 +396,9 @@ def with_cudnn(mesh, windows, head_dim=64):
     """Output and gradients in bfloat16, traced for a mesh: function and abstract arguments."""
 
     def on_device(q, k, v, out_grad):
-        attend = functools.partial(self_attention, window=np.array(100, np.int32), windows=windows, scale=0.1, cap=None)
+        attend = functools.partial(
+            self_attention, window=np.array(100, np.int32), windows=windows, scale=0.125, cap=None
+        )
         return with_gradients(attend, q, k, v, out_grad)
 
     heads = P("fsdp", None, "tp")
@@ -437,15 +439,18 @@ def test_what_cudnn_takes(monkeypatch):
     assert not takes(jnp.float32, 64) and not takes(jnp.bfloat16, 12) and not takes(jnp.bfloat16, 512)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("windows", ((100,), (100, None)))
-def test_cudnn_differs_by_rounding_to_bfloat16(windows):
-    """As `test_bfloat16_differs_by_its_rounding`, on a GPU."""
+def test_bfloat16_in_the_form_of_the_platform(windows):
+    """As `test_bfloat16_differs_by_its_rounding`, which says the bound. On a GPU the form is cuDNN's.
+
+    Elsewhere it is the blocks, so that the test is known to ask nothing that rounding forbids. For that the scale must be
+    exact in bfloat16. A window that is one too long or too short makes differences of more than 0.2.
+    """
     *inputs, _ = arrays(2, 256, 4, 2, 64, False)
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
     mapped, _ = with_cudnn(make_mesh(1, 1), windows)
     compiled = jax.jit(mapped).lower(*inputs).compile()
-    assert "fmha" in compiled.as_text()
+    assert ("fmha" in compiled.as_text()) == (jax.default_backend() == "gpu")
     wide = [x.astype(jnp.float32) for x in inputs]
-    wanted = with_gradients(lambda q, k, v: plain(q, k, v, 100, 0.1, None, None), *wide)
+    wanted = with_gradients(lambda q, k, v: plain(q, k, v, 100, 0.125, None, None), *wide)
     assert_near(compiled(*inputs), wanted, 2.0**-7)

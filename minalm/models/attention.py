@@ -29,8 +29,7 @@ SAVED = "attention"  # the name under which a rematerialisation policy finds wha
 
 Form = Literal["kernel_interpreted", "blocks"]
 
-# Off until its results are confirmed: on an H200 they were further from the plain form than bfloat16's rounding in a test
-# with a window (docs/performance.md).
+# Off until the test of its numbers has passed on a GPU (docs/performance.md).
 USE_CUDNN = False
 
 # Of the blocks. On a CPU, 128 queries were the fastest of 64 to 512. All blocks of a span read the keys up to the end of
