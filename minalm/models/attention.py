@@ -84,7 +84,8 @@ def self_attention(
     platform's, "kernel_interpreted" the TPU kernel on any platform.
     """
     time, head_dim = q.shape[1], q.shape[3]
-    distinct = tuple(sorted({time if size is None else min(size, time) for size in windows}))
+    known = isinstance(window, np.ndarray)  # as of the last block, which is not scanned: one kernel is enough
+    distinct = tuple(sorted({min(size or time, time) for size in ([int(window)] if known else windows)}))
     platforms = ("tpu",) if kernel_block(time) is not None and head_dim <= KERNEL_HEAD_DIM else ()
     platforms += ("cuda",) if USE_CUDNN and cap is None and segments is None and cudnn_takes(q, k) else ()
     q = q * jnp.asarray(scale, q.dtype)
