@@ -16,7 +16,6 @@ A model is a Hugging Face folder (config.json, *.safetensors, tokenizer.json),
 `python convert.py VERB --help` explains a verb.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +23,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from minalm.errors import InputError
-from minalm.huggingface.folder import copy, read_generation_config, read_template, save
+from minalm.huggingface.folder import copy, read_generation_config, save
 from minalm.huggingface.weights import find
 from minalm.models.config import ModelConfig
 from minalm.models.student import student_from_teacher
@@ -81,8 +80,6 @@ def write(config: StudentConfig, out: Path, dtype: Dtype, seed: int) -> None:
     teacher = LoadedModel.read(folder)
     vocabulary, suffixes = new_vocabulary(config, teacher)
     generation_config = read_generation_config(folder)
-    if config.special_tokens == "change":
-        generation_config = replace(generation_config, chat_template=read_template(config.student_tokenizer))
     tied = teacher.model.config.tied if config.tied is None else config.tied
     plan = plan_transfer(teacher.vocabulary, vocabulary)
     student = student_from_teacher(teacher.model, plan, suffixes is not None, tied, vocabulary.size, seed)

@@ -51,7 +51,7 @@ from minalm.parallel.mesh import (
 from minalm.run import checkpoint, console, estimate, setup
 from minalm.run.compute import ComputeConfig
 from minalm.run.export import export
-from minalm.run.folder import RunConfig, RunFolder, check_out, open_run
+from minalm.run.folder import RunConfig, RunFolder, check_out, open_run, run_date
 from minalm.run.optimizer import OptimizerConfig, learning_rate, make_optimizer, optimizer_shardings
 from minalm.run.recorder import EvaluationConfig, Recorder
 from minalm.run.settings import plain
@@ -211,7 +211,8 @@ def main(config: Config) -> None:
         mesh = run_mesh(config.mesh, config.data.batch_size, config.compute.accumulation)
         models = setup.load_models(config.student, config.data.student_length, config.seed)
         setup.check_hidden_states(config.losses, models)
-        texts = setup.load_texts(config.data, models, config.seed, mesh)
+        date = run_date(config.run)
+        texts = setup.load_texts(config.data, models, config.seed, mesh, date)
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide
 
@@ -220,9 +221,9 @@ def main(config: Config) -> None:
     with barrier():
         if is_first():
             prints = setup.fingerprints(config.student, texts)
-            run, changes = open_run(config.run, inputs, settings, defaults, prints, models.write_student)
+            run, changes = open_run(config.run, inputs, settings, defaults, prints, date, models.write_student)
     with contextlib.closing(run):
-        console.show_run(settings, models, mesh, changes, texts.batch(0), quiet=not is_first())
+        console.show_run(settings, models, mesh, [*changes, *texts.notes], texts, quiet=not is_first())
         optimizer = make_optimizer(config.optimizer)
         state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype)
         with barrier():

@@ -39,7 +39,7 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
         if side is not None and side.vocabulary.normalizer is not None:
             pieces = [_normalized(piece, side.vocabulary) for piece in pieces]
     ours = student.vocabulary.encode(pieces)
-    theirs = ours if teacher is None else teacher.vocabulary.encode(pieces)
+    theirs = ours if teacher is None else teacher.vocabulary.encode(pieces, "teacher")
     usable = [our.round_trips and their.round_trips for our, their in zip(ours, theirs)]
     ours, theirs = ([row if use else row.cut(0) for row, use in zip(rows, usable)] for rows in (ours, theirs))
     return Batch(

@@ -1,7 +1,9 @@
-"""Chat templates: taken apart, each family's chats byte for byte, and templates that do harm."""
+"""Chats: what templates write, special tokens told from text, what counts, two templates; templates that do harm."""
 
 import json
 import re
+import resource
+import time
 from functools import cache
 from pathlib import Path
 
@@ -17,13 +19,15 @@ from minalm.errors import InputError
 from minalm.huggingface import folder as student
 from minalm.models import transformer
 from minalm.models.config import ModelConfig
-from minalm.text.corpus import read_corpus
-from minalm.text.documents import Piece, Segment, Special
-from minalm.tokenization import tokenizer_json
+from minalm.text.documents import Markup, Piece, Segment, Special
+from minalm.tokenization import chat_template, sandbox, tokenizer_json
 from minalm.tokenization.align import align
-from minalm.tokenization.chat import ChatTemplate, chat_parts, read_chat_template, render
+from minalm.tokenization.chat_template import ChatTemplate, Render, read_chat_template, render
+from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
+
+DATE = "2026-03-01"
 
 ROLES = ("system", "user", "assistant")
 # What each family writes, by hand: before all; before each role's text and after it; after the assistant's last text.
@@ -57,7 +61,7 @@ EXPECTED = {
         "<|endoftext|>",
     ),
 }
-DEFAULT = {"qwen", "smollm", "olmo3"}  # what these templates say by themselves is no part of a chat
+DEFAULT = {kind: "<|im_start|>system\nBe good.<|im_end|>\n" for kind in ("qwen", "smollm", "olmo3")}
 BAD = (
     "</s>",
     "[INST]",
@@ -88,19 +92,19 @@ def chat(roles: str, texts: list[str]) -> list[dict[str, str]]:
 def by_hand(kind: str, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
     """What the family writes, in stretches, each with whether it is a message's text."""
     start, turns, chat_end = EXPECTED[kind]
-    stretches = [(start, False)]
+    stretches = [(start, False), (DEFAULT.get(kind, "") if messages[0]["role"] != "system" else "", False)]
     for number, message in enumerate(messages, start=1):
         header, end = turns[message["role"]]
         last = message["role"] == "assistant" and number == len(messages)
-        stretches += [(header, False), (message["content"], True), (chat_end if last else end, False)]
+        content = message["content"].strip() if kind == "gemma" else message["content"]
+        stretches += [(header, False), (content, True), (chat_end if last else end, False)]
     return stretches
 
 
-def piece_of(messages: list[dict[str, str]], folder: Path) -> Piece:
-    (folder / "chat.jsonl").write_text(json.dumps({"messages": messages}))
-    corpus = read_corpus([folder / "chat.jsonl"], limit=100_000)
-    assert len(corpus) == 1
-    return corpus.piece(0)
+def read(
+    messages: list[dict], teacher: Vocabulary, student: Vocabulary | None = None, mask: bool = False, **row
+) -> Piece:
+    return ChatReader(student or teacher, teacher, mask, DATE)({"messages": messages, **row})
 
 
 def units(stretches: list[tuple[str, bool]], ours: Vocabulary) -> list[bytes | str]:
@@ -116,18 +120,25 @@ def units(stretches: list[tuple[str, bool]], ours: Vocabulary) -> list[bytes | s
     return found
 
 
-def written(ours: Vocabulary, piece: Piece) -> list[bytes | str]:
-    """What the ids of a chat spell, as `units` has it."""
-    (encoding,) = ours.encode([piece])
+def written(ours: Vocabulary, piece: Piece, side: str = "student", counted: bool = False) -> list[bytes | str]:
+    """What the ids of a chat spell, as `units` has it; with `counted`, of the tokens that count alone."""
+    (encoding,) = ours.encode([piece], side)
     assert encoding.round_trips
     words = {i: word for word, i in ours.special.items()}
     found: list[bytes | str] = [b""]
-    for i in encoding.ids.tolist():
+    for i in encoding.ids[encoding.loss_mask if counted else slice(None)].tolist():
         if i in words:
             found += [words[i], b""]
         else:
             found[-1] += ours.token_bytes[i]
     return found
+
+
+def spelled(found: list[bytes | str]) -> str:
+    return "".join(each if isinstance(each, str) else each.decode() for each in found)
+
+
+# --- one template ------------------------------------------------------------------------------------------------
 
 
 CASES = [
@@ -139,47 +150,58 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind, roles", CASES)
-def test_a_chat_is_what_the_template_writes(owned, tmp_path, kind, roles):
+def test_a_chat_is_what_the_template_writes(owned, kind, roles):
     ours = owned(kind)
     messages = chat(roles, ["the user", "é 日本語\n\nthe end", " hi", "", "x"])
-    stretches = by_hand(
-        kind, [m | {"content": m["content"].strip()} for m in messages] if kind == "gemma" else messages
-    )
-    # The expectation is what Jinja makes of the template, but for a default system message.
-    names = {"bos_token": "<s>", "eos_token": "</s>"} if "mistral" in kind or kind in ("tekken", "tinyllama") else {}
-    names |= {"bos_token": OLMO[0], "eos_token": OLMO[0]} if "olmo" in kind else {}
-    names |= {"bos_token": {"llama": LLAMA[0], "gemma": "<bos>"}[kind]} if kind in ("llama", "gemma") else {}
-    rendered = render(ChatTemplate(Path("t"), CHATS[kind]), messages, names)
-    default = "<|im_start|>system\nBe good.<|im_end|>\n" if kind in DEFAULT and roles[0] != "s" else ""
-    assert default + "".join(text for text, _ in stretches) == rendered
+    stretches = by_hand(kind, messages)
     for side in (ours, byte_vocabulary(ours)):
-        stretches = by_hand(kind, messages)
-        assert written(side, piece_of(messages, tmp_path)) == units(stretches, side)
+        got, expected = written(side, read(messages, ours, side)), units(stretches, side)
+        if kind == "tinyllama" and side is ours:  # its tokenizer puts a space behind every special token
+            assert spelled(got).replace("</s> ", "</s>") == " " + spelled(expected)
+        else:
+            assert got == expected
     side = byte_vocabulary(ours)
     assert side.size == 256 + len(side.special) and list(side.special) == sorted(side.special)
     ids = [i for unit in units(stretches, side) for i in ([side.special[unit]] if isinstance(unit, str) else unit)]
-    assert side.encode([piece_of(messages, tmp_path)])[0].ids.tolist() == ids
+    assert side.encode([read(messages, ours, side)])[0].ids.tolist() == ids
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_tokens_are_those_of_apply_chat_template(owned, tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    make(kind, tmp_path / "t", CHATS[kind])
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    config = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items()}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config})
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
+    for roles in ("u", "ua", "uaua"):
+        messages = chat(roles, ["the user", "é the", " the the\n", "x"])
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert owned(kind).encode([read(messages, owned(kind))])[0].ids.tolist() == ids
 
 
 @pytest.mark.parametrize("kind", CHATS)
 @given(texts=st.lists(TEXTS, min_size=4, max_size=4).filter(any))
-@settings(max_examples=40, deadline=None)
-def test_texts_of_chats_are_spelled_and_never_become_special(owned, tmp_path_factory, kind, texts):
+@settings(max_examples=30, deadline=None)
+def test_texts_of_chats_are_spelled_and_never_become_special(owned, kind, texts):
     ours = owned(kind)
     messages = chat("uaua", texts)
-    piece = piece_of(messages, tmp_path_factory.getbasetemp())
-    for side in (ours, byte_vocabulary(ours)):
-        assert written(side, piece) == units(by_hand(kind, messages), side)
-        (encoding,) = side.encode([piece])
-        for number, (content, _) in enumerate(piece):
-            if isinstance(content, str):
-                inside = (encoding.segment == number) & (encoding.ends >= 0)
-                assert encoding.text_bytes[encoding.segment == number].sum() == len(content.encode())
-                assert not content or inside.any()
-        assert (np.diff(encoding.ends[encoding.ends >= 0]) > 0).all()
+    side = byte_vocabulary(ours)
+    piece = read(messages, ours, side)
+    assert written(side, piece) == units(by_hand(kind, messages), side)
+    (encoding,), (theirs,) = side.encode([piece]), ours.encode([piece], "teacher")
+    assert theirs.round_trips and theirs.text_bytes.sum() == encoding.text_bytes.sum()
+    for each in (encoding, theirs):
+        assert (np.diff(each.ends[each.ends >= 0]) > 0).all()
+    specials = [
+        [side.special[w] if s is encoding else ours.special[w] for w in side.special] for s in (encoding, theirs)
+    ]
+    assert np.isin(encoding.ids, specials[0]).sum() == np.isin(theirs.ids, specials[1]).sum()
 
 
-def test_control_of_bytes_is_what_the_template_needs(owned):
+def test_special_tokens_of_bytes_are_what_the_template_needs(owned):
     needed = {
         "llama": LLAMA,
         "gemma": GEMMA,
@@ -196,114 +218,345 @@ def test_control_of_bytes_is_what_the_template_needs(owned):
         assert list(byte_vocabulary(owned(kind)).special.items()) == list(zip(sorted(special), range(256, 270)))
 
 
-@pytest.mark.parametrize("kind", ("llama", "gemma", "qwen", "smollm"))
-def test_the_four_families_stay_as_they_are_with_a_template_of_their_own(owned, kind):
-    assert owned(kind).template == vocabulary(kind).template
+def test_the_templates_of_tokenizers_that_bring_none():
+    messages = chat("suaua", ["be", "the", " é\n", "x", "y"])
+    trimmed = [message | {"content": message["content"].strip()} for message in messages]
+    assert spelled(written(vocabulary("llama"), read(messages, vocabulary("llama")))) == "".join(
+        text for text, _ in by_hand("llama", trimmed)
+    )
+    assert spelled(written(vocabulary("qwen"), read(messages, vocabulary("qwen")))) == "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages
+    )
+    assert spelled(written(vocabulary("gemma"), read(messages, vocabulary("gemma")))) == (
+        "<bos><start_of_turn>user\nbe\n\nthe<end_of_turn>\n<start_of_turn>model\né<end_of_turn>\n"
+        "<start_of_turn>user\nx<end_of_turn>\n<start_of_turn>model\ny<end_of_turn>\n"
+    )
+    with pytest.raises(InputError, match="llama2 has no chat template|has no chat template, so it cannot write chats"):
+        read(messages, vocabulary("llama2"))
 
 
-@pytest.mark.parametrize("kind", ("llama", "gemma", "qwen"))
-def test_a_template_is_taken_apart_as_the_table_does_it(kind):
-    """Not asked for where the table serves, but the same parts are aligned whichever it comes from."""
-    ours = vocabulary(kind)
-    names = {"bos_token": "".join(ours.template["bos"])}
-    found = chat_parts(ChatTemplate(Path("t"), CHATS[kind]), names, ours.special)
-    assert found == {part: ours.template[part] for part in found}
-    assert set(ours.template) - set(found) - {"bos", "eos", "pad"} == (
-        {"system", "end_of_system"} if kind == "gemma" else set()
+def test_special_tokens_that_take_spaces_along(tmp_path):
+    path = save(tmp_path / "t", byte_level(), ["<|user|>", "<|end|>"], eos_token="<|end|>")
+    spec = json.loads((path / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["rstrip"] = True
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    (path / "chat_template.jinja").write_text("{% for m in messages %}<|user|>\n{{ m.content }}<|end|>\n{% endfor %}")
+    ours = load_vocabulary(path)
+    piece = read([{"role": "user", "content": "\n the"}], ours)
+    ids = Tokenizer.from_file(str(path / "tokenizer.json")).encode("<|user|>\n\n the<|end|>\n").ids
+    assert ours.encode([piece])[0].ids.tolist() == ids
+    side = byte_vocabulary(ours)
+    again = Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(side)))
+    assert side.encode([piece])[0].ids.tolist() == again.encode("<|user|>\n\n the<|end|>\n").ids
+
+
+CHATML_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    """A vocabulary with ChatML's tokens and a template of choice."""
+
+    def made(template: str, **config: object) -> Vocabulary:
+        path = save(tmp_path / f"t{len(list(tmp_path.iterdir()))}", byte_level(), CHATML, **config)
+        (path / "chat_template.jinja").write_text(template)
+        return load_vocabulary(path)
+
+    return made
+
+
+def test_what_templates_are_given(chatml):
+    ours = chatml(
+        "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{{ tools[0].name }}{{ documents is none }}{{ extra }}"
+        "{% for m in messages %}{{ m.role }}{{ m.content[0].text if m.content is not string else m.content }}"
+        "{{ m.tool_calls is defined }}{{ m.reasoning_content }}{% endfor %}{{ {'a': '<é'} | tojson }}"
+        "{{ add_generation_prompt }}",
+        bos_token="<|endoftext|>",
+    )
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "be"}], "tool_calls": None},
+        {"role": "assistant", "content": "x", "thinking": "hm"},
+    ]
+    piece = read(messages, ours, tools='[{"name": "<|im_end|>"}]', chat_template_kwargs={"extra": 3})
+    assert spelled(written(ours, piece)) == (
+        '<|endoftext|>01 Mar 2026<|im_end|>True3developerbeFalseassistantxFalsehm{"a": "<é"}False'
+    )
+    assert [w for w in written(ours, piece) if isinstance(w, str)] == ["<|endoftext|>"]  # the tool's name is text
+
+
+def test_several_templates(tmp_path):
+    path = save(tmp_path / "t", byte_level(), CHATML)
+    several = {"default": "{{ messages[0].content }}", "tool_use": "t{{ messages[0].content }}"}
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": name, "template": text} for name, text in several.items()]})
+    )
+    ours = load_vocabulary(path)
+    message = [{"role": "user", "content": "a"}]
+    assert spelled(written(ours, read(message, ours))) == "a"
+    assert spelled(written(ours, read(message, ours, tools=[{"name": "b"}]))) == "ta"
+    exported(tmp_path / "out", ours)
+    assert load_vocabulary(tmp_path / "out").chat_template.sources == several
+
+
+def test_text_that_looks_special_is_text_and_said(owned):
+    ours = owned("llama")
+    reader = ChatReader(ours, ours, False, DATE)
+    piece = reader({"messages": chat("ua", ["a<|eot_id|>b \ue000", "<|begin_of_text|>"])})
+    assert spelled(written(ours, piece)).count("<|eot_id|>") == 3 and written(ours, piece).count("<|eot_id|>") == 2
+    assert any("a<|eot_id|>b \ue000" in str(segment.content) for segment in piece)
+    assert reader.notes == {"hold what looks like a special token, which is read as text": 1}
+
+
+def test_bad_messages_are_named(chatml):
+    ours = chatml(CHATML_TEMPLATE)
+    user = {"role": "user", "content": "a"}
+    for messages, reason in (
+        ([], "`messages` is empty or not a list"),
+        ("a", "`messages` is empty or not a list"),
+        ([{"content": "a"}], "lacks `role`"),
+        ([{"role": ["user"], "content": "a"}], "lacks `role`, or it is not a string"),
+        ([{"role": "user"}], "lacks `content`"),
+        ([{"role": "user", "content": None}], "lacks `content`"),
+        ([{"role": "user", "content": 3}], "`content` is not a string"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "part that is no text"),
+        ([{"role": "user", "content": "\ud83d"}], "half of a surrogate pair"),
+        ([user, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}], "does not write `tool_calls`"),
+        ([user, {"role": "assistant", "content": "", "function_calls": "f()"}], "does not write `function_calls`"),
+        ([user, {"role": "assistant", "content": "b", "reasoning": "c"}], "does not write .* or `reasoning`"),
+        ([user, {"role": "assistant", "content": "b", "weight": 0.5}], "`weight` is 0.5: write 0 or 1"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "as program code|refuses this chat"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            read(messages, ours)
+    for row, reason in (
+        ({"tools": "["}, "`tools` is a string that is not JSON"),
+        ({"tools": [3]}, "`tools` is not a list of objects"),
+        ({"chat_template_kwargs": 3}, "`chat_template_kwargs` is not an object"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            read([user], ours, **row)
+
+
+def test_what_a_template_does_not_write_is_an_error_or_said(chatml):
+    ours = chatml(
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% elif m.role == 'assistant' and m.tool_calls %}"
+        "<call>{% elif m.role == 'assistant' and not loop.first %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    reader = ChatReader(ours, ours, False, DATE)
+    reader({"messages": [{"role": "critic", "content": "a"}, {"role": "user", "content": "a"}]})
+    assert reader.notes == {"have a message of role 'critic' that the chat template does not write": 1}
+    with pytest.raises(InputError, match="does not write `content` of message 1, an answer"):
+        reader({"messages": chat("au", ["a", "b"])})
+    with pytest.raises(InputError, match="does not write `content` of message 2, an answer"):
+        reader({"messages": [*chat("u", ["a"]), {"role": "assistant", "content": "b", "tool_calls": [{}]}]})
+
+
+def test_a_chat_in_which_nothing_is_said_is_no_document(chatml):
+    assert read(chat("ua", ["", ""]), chatml(CHATML_TEMPLATE)) == ()
+
+
+# --- what counts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_answers_and_their_ends_count(owned, kind):
+    ours = owned(kind)
+    side = byte_vocabulary(ours)
+    messages = chat("uaua", ["the user", " é the\n", " the the", "x"])
+    piece = read(messages, ours, side, mask=True)
+    answers = [m["content"].strip() if kind == "gemma" else m["content"] for m in messages[1::2]]
+    end = {"llama": "<|eot_id|>", "gemma": "<end_of_turn>", "olmo2": "<|endoftext|>"}
+    end |= dict.fromkeys(("qwen", "smollm", "olmo3"), "<|im_end|>")
+    ends = [end.get(kind, "</s>"), "<|endoftext|>" if kind == "olmo3" else end.get(kind, "</s>")]
+    space = " " if kind == "mistral3" else ""  # the template's
+    got = spelled(written(side, piece, counted=True))
+    assert got in ("".join(a + e for a, e in zip(answers, ends)), "".join(space + a + e for a, e in zip(answers, ends)))
+    # A token that is in part of an answer counts, on either side.
+    theirs = spelled(written(ours, piece, "teacher", counted=True))
+    assert all(answer.strip() in theirs for answer in answers) and "user" not in theirs
+
+
+TAGGED = """{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
+{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}"""
+
+
+def test_the_tag_of_generation(chatml):
+    ours = chatml(TAGGED)
+    messages = chat("uaua", ["a", "b", "c", "d"])
+    assert spelled(written(ours, read(messages, ours))) == "".join(
+        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>{'' if m['role'] == 'assistant' else chr(10)}"
+        for m in messages
+    )
+    assert spelled(written(ours, read(messages, ours, mask=True), counted=True)) == "b<|im_end|>d<|im_end|>"
+    broken = chatml(
+        TAGGED.replace("{{ m.content }}<|im_end|>{% endgen", "{{ m.content }}{% endgen", 1).replace(
+            "{% for", "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x | length }}{% for"
+        )
+    )
+    with pytest.raises(InputError, match="generation.* cannot be told from the rest"):
+        read(messages, broken, mask=True)
+
+
+QWEN3 = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content.split('</think>')[-1] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_think_block_before_the_last_answer(chatml):
+    ours = chatml(QWEN3)
+    messages = chat("uaua", ["a", "<think>c</think>b", "c", "d"])
+    assert spelled(written(ours, read(messages, ours, mask=True), counted=True)) == (
+        "b<|im_end|><think>\n\n</think>\n\nd<|im_end|>"
     )
 
 
-def test_parts_of_the_other_families(owned):
-    mistral = owned("mistral3").template
-    assert (mistral["start_of_chat"], mistral["header_open"], mistral["header_close"]) == (("<s>",), (), ())
-    assert mistral["user"] == ("[INST]", " ") and mistral["end_of_user"] == ("[/INST]",)
-    assert mistral["assistant"] == (" ",) and mistral["end_of_turn"] == mistral["end_of_chat"] == ("</s>",)
-    olmo2, olmo3 = owned("olmo2").template, owned("olmo3").template
-    assert (olmo2["end_of_turn"], olmo2["end_of_chat"]) == (("<|endoftext|>", "\n"), ("<|endoftext|>",))
-    assert olmo2["user"] == ("<|user|>\n",) and olmo2["end_of_user"] == ("\n",)
-    assert (olmo3["header_open"], olmo3["user"], olmo3["header_close"]) == (("<|im_start|>",), ("user",), ("\n",))
-    tiny = owned("tinyllama").template  # its texts start with bos, its chats do not
-    assert (tiny["bos"], tiny["start_of_chat"]) == (("<s>",), ())
+def test_a_call_of_a_tool_counts_and_its_answer_does_not(chatml):
+    ours = chatml(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.name }}({{ c.arguments | tojson }}){% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"city": "Oslo"}}]}
+    messages = [*chat("u", ["a"]), call, {"role": "tool", "content": "cold"}, *chat("a", ["brr"])]
+    assert spelled(written(ours, read(messages, ours, mask=True), counted=True)) == (
+        'f({"city": "Oslo"})<|im_end|>brr<|im_end|>'
+    )
 
 
-def test_a_word_after_a_literal_space_is_the_token_that_it_is_in_text(owned):
-    """Where a tokenizer puts a space before a text, the header's last space takes its place."""
-    ours = owned("mistral3")
-    piece = (Segment(Special("start_of_chat")), Segment(Special("user")), Segment("the the"))
-    (encoding,) = ours.encode([piece])
-    tokens = [ours.token_bytes[i] for i in encoding.ids]
-    assert tokens == [b"", b"", b" the", b" the"] and encoding.text_bytes.tolist() == [0, 0, 3, 4]
-    assert encoding.ends.tolist() == [1, 2, 5, 9]
-    piece = (Segment(Special("end_of_turn")), Segment(Special("user")), Segment(" the"))
-    (encoding,) = ours.encode([piece])
-    assert [ours.token_bytes[i] for i in encoding.ids] == [b"", b"", b" ", b" the"]
-    assert encoding.round_trips and encoding.text_bytes.sum() == 4
+def test_a_message_of_weight_0_does_not_count(chatml):
+    for template in (CHATML_TEMPLATE, TAGGED):
+        ours = chatml(template)
+        messages = chat("uaua", ["a", "b", "c", "d"])
+        messages[1] |= {"weight": 0}
+        messages[3] |= {"weight": 1}
+        assert spelled(written(ours, read(messages, ours, mask=True), counted=True)).strip() == "d<|im_end|>"
+        whole = spelled(written(ours, read(messages, ours), counted=True))
+        assert "b<|im_end|>" not in whole and "d<|im_end|>" in whole and "a<|im_end|>" in whole
 
 
-@pytest.mark.parametrize("kind", ("gemma", "mistral1", "mistral3", "tekken"))
-def test_a_role_that_the_template_refuses(owned, kind):
-    if kind == "gemma":  # the table has it: Gemma's system message is a user's
-        assert owned(kind).part_ids("system") == owned(kind).part_ids("user")
-        return
-    for part in ("system", "end_of_system"):
-        with pytest.raises(InputError, match=f"{kind} has no messages of their own for the role '{part}'"):
-            owned(kind).part_ids(part)
+# --- two templates -----------------------------------------------------------------------------------------------
 
 
-FOLDED = """{%- for m in messages -%}{%- if m.role == 'user' -%}[INST] {% if messages[0].role == 'system' and loop.index0
- == 1 %}{{ messages[0].content ~ '\\n' }}{% endif %}{{ m.content }}[/INST]{%- elif m.role == 'assistant' -%}{{ m.content }}
-{%- endif -%}{%- endfor -%}"""
+PAIRS = (("qwen", "gemma"), ("llama", "mistral1"), ("llama", "mistral3"), ("llama", "tekken"), ("gemma", "olmo2"))
+PAIRS += (("qwen", "olmo3"), ("tinyllama", "llama"), ("llama", "gemma"))
+
+
+@pytest.mark.parametrize("kinds", PAIRS)
+@pytest.mark.parametrize("swapped", (False, True))
+@pytest.mark.parametrize("mask", (False, True))
+def test_two_templates_are_matched_by_the_texts(owned, kinds, swapped, mask):
+    """A student with the special tokens and the template of its own tokenizer, not the teacher's."""
+    student, teacher = (owned(kind) for kind in (kinds[::-1] if swapped else kinds))
+    messages = chat("uaua", ["the", "é", "日本語 the", "x"])
+    piece = read(messages, teacher, student, mask)
+    (ours,), (theirs,) = student.encode([piece], "student"), teacher.encode([piece], "teacher")
+    assert ours.round_trips and theirs.round_trips
+    for side, name in ((student, "student"), (teacher, "teacher")):
+        alone = read(messages, side)  # each side reads what its own template writes
+        ids = side.encode([alone])[0].ids.tolist()
+        assert side.encode([piece], name)[0].ids.tolist() == ids
+    aligned = align(ours, theirs)
+    for number, (content, counts) in enumerate(piece):
+        if isinstance(content, str):
+            assert content in [m["content"] for m in messages] and counts == (not mask or content in ("é", "x"))
+            chunks = {*aligned.student_chunk[ours.segment == number].tolist()}
+            other = {*aligned.teacher_chunk[theirs.segment == number].tolist()}
+            assert chunks & other - {-1} if counts else True
+    after = next(n for n, (content, _) in enumerate(piece) if content == "é") + 1
+    end = piece[after]
+    assert isinstance(end.content, Markup) and end.loss_mask and all(end.content)
+    assert (
+        aligned.student_chunk[ours.segment == after].tolist()[-1:]
+        == aligned.teacher_chunk[theirs.segment == after].tolist()[-1:]
+    )
+
+
+def test_texts_that_two_templates_write_differently(chatml, owned):
+    ours, upper = chatml(CHATML_TEMPLATE), chatml(CHATML_TEMPLATE.replace("m.content", "m.content | upper"))
+    with pytest.raises(InputError, match="write the text of message 1 differently"):
+        read(chat("ua", ["a", "b"]), ours, upper)
+    twice = chatml(CHATML_TEMPLATE.replace("m.content", "m.content ~ m.content"))
+    with pytest.raises(InputError, match="does not write each message's text once and in order"):
+        read(chat("ua", ["a", "b"]), ours, twice)
+    call = [*chat("u", ["a"]), {"role": "assistant", "content": "b", "tool_calls": [{}]}]
+    calls = chatml(CHATML_TEMPLATE.replace("m.content", "m.content ~ m.tool_calls"))
+    with pytest.raises(InputError, match="with more than a text .tool_calls. cannot be matched"):
+        read(call, calls, ours)
+    spaced = read(chat("ua", [" a ", "b\n"]), ours, owned("gemma"))  # what Gemma trims belongs to what is around
+    assert [content for content, _ in spaced if isinstance(content, str)] == ["a", "b"]
+
+
+def test_the_teachers_special_tokens_on_another_tokenizer(owned):
+    messages = chat("uaua", ["the", "é", "the user", "x"])
+    for base, source in (("qwen", "mistral3"), ("tinyllama", "olmo2"), ("mistral3", "gemma"), ("mistral1", "tekken")):
+        ours = with_special_tokens(owned(base), owned(source))
+        piece = read(messages, owned(source), ours)
+        expected = units(by_hand(source, messages), ours)
+        got = written(ours, piece)
+        if base == "tinyllama":  # a space behind every special token
+            assert spelled(got).replace("> ", ">") == spelled(expected)
+        else:
+            assert got == expected
+
+
+def test_a_special_token_that_the_student_lacks(chatml):
+    ours = chatml("{{ '<|im_st' ~ 'art|>' if messages[0].role == 'x' }}{{ messages[0].content }}")
+    side = byte_vocabulary(ours)
+    assert "<|im_start|>" not in side.special
+    with pytest.raises(InputError, match="holds the special token '<.im_start.>', which bytes for .* does not have"):
+        read([{"role": "x", "content": "a"}], ours, side)
+
+
+# --- templates that do harm --------------------------------------------------------------------------------------
+
+
 HARM = {
     "syntax": ("{% for m in messages %}", "TemplateSyntaxError"),
-    "refusal": ("{{ raise_exception('never') }}", "never"),
+    "refusal": ("{{ raise_exception('never') }}", r"refuses this chat .never."),
     "a file": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "globals": ("{{ raise_exception.__globals__['os'].system('true') }}", "SecurityError|Undefined"),
+    "a namespace": ("{% set n = namespace(__class__=1) %}", "SecurityError"),
+    "format": ("{{ '{0.__class__.__mro__}'.format(1) }}", "SecurityError"),
     "change": ("{% set _ = messages.append(1) %}", "SecurityError"),
     "include": ("{% include '/etc/passwd' %}", "TypeError|no loader"),
-    "long": ("{% for i in range(10 ** 9) %}{% endfor %}", "SecurityError"),
-    "longer": ("{% for i in range(1000000000) %}{% endfor %}", "OverflowError"),
-    "nested": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "OverflowError"),
+    "import": ("{% import '/etc/passwd' as p %}", "TypeError|no loader"),
+    "long": ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError|SecurityError"),
     "endless": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    "large": ("{{ 'a' * 100000000000 }}", "SecurityError"),
-    "no texts": ("{{ bos_token }}", "each message's text once"),
-    "twice": ("{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}", "each message's text once"),
-    "by place": ("{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}", "in the same way"),
-    "backwards": ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "in order"),
+    "large": ("{{ 'a' * 100000000000 }}", "MemoryError|memory"),
+    "power": ("{{ 9 ** (9 ** 9) }}", "MemoryError|memory|seconds"),
+    "nested": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "seconds"),
+    "writes": ("{% for i in range(99999) %}{{ 'a' * 100000 }}{% endfor %}", "without end|memory"),
+    "pads": ("{{ '%9999999999d' % 1 }}", "MemoryError|memory|OverflowError"),
 }
 
 
 @pytest.mark.parametrize("what", HARM)
-@pytest.mark.parametrize("file", ("chat_template.jinja", "tokenizer_config.json"))
-def test_a_template_of_no_use_is_an_error_where_chats_are_needed(tmp_path, what, file):
+def test_a_template_of_no_use_is_an_error_where_chats_are_needed(tmp_path, monkeypatch, what):
     template, reason = HARM[what]
+    monkeypatch.setattr(chat_template, "SECONDS", 2.0)
     path = save(tmp_path / "t", byte_level(), ["<s>"], bos_token="<s>")
-    if file == "chat_template.jinja":
-        (path / file).write_text(template)
-    else:
-        (path / file).write_text(json.dumps({"bos_token": "<s>", "chat_template": template}))
+    (path / "chat_template.jinja").write_text(template)
+    began = time.monotonic()
     ours = load_vocabulary(path)  # texts are of use without it
-    assert ours.encode([(Segment(Special("bos")), Segment("a"))])[0].ids.tolist() == [
-        *ours.part_ids("bos"),
-        ours.id_of_bytes[b"a"],
-    ]
+    (encoding,) = ours.encode([(Segment(Special("bos")), Segment("a"))])
+    assert encoding.ids.tolist() == [*ours.part_ids("bos"), ours.id_of_bytes[b"a"]]
     with pytest.raises(InputError, match=reason) as caught:
-        ours.part_ids("header_open")
-    assert str(caught.value).startswith(str(path / file)) and "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=reason):
-        byte_vocabulary(ours).part_ids("header_open")
-
-
-def test_a_template_of_no_use_does_not_matter_where_the_table_serves(tmp_path):
-    path = save(tmp_path / "t", byte_level(), LLAMA)
-    (path / "chat_template.jinja").write_text("{{ broken")
-    assert load_vocabulary(path).template == vocabulary("llama").template
-
-
-def test_a_system_message_within_a_users_is_none_of_the_parts(tmp_path):
-    path = save(tmp_path / "t", byte_level(), ["<s>"], bos_token="<s>")
-    (path / "chat_template.jinja").write_text(FOLDED)
-    ours = load_vocabulary(path)
-    assert ours.template["user"] == ("[INST] ",) and "system" not in ours.template
+        read([{"role": "user", "content": "a"}], ours)
+    assert str(caught.value).startswith(str(path / "chat_template.jinja")) and "\n" not in str(caught.value)
+    assert time.monotonic() - began < 20
+    # The process that renders is as good as new.
+    assert render([Render(ChatTemplate("t", {"default": "a"}, {}), [])], DATE) == [("a", "")]
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert children < 2 * sandbox.MEMORY
 
 
 @pytest.mark.parametrize(
@@ -312,80 +565,10 @@ def test_a_system_message_within_a_users_is_none_of_the_parts(tmp_path):
 def test_a_template_that_is_no_text(tmp_path, config):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="tokenizer_config.json holds no chat template"):
-        read_chat_template(tmp_path)
+        read_chat_template(tmp_path, {}, ())
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(InputError, match="chat_template.jinja holds no chat template"):
-        read_chat_template(tmp_path)
-
-
-def test_what_templates_may_use():
-    template = ChatTemplate(
-        Path("t"),
-        "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n{{ {'a': '<é'} | tojson }}\n"
-        "{{ strftime_now('%Y') | length }}{{ tools is none }}{{ range(3) | list }}{{ add_generation_prompt }}{{ 2 * 3 }}"
-        "{% endfor %}",
-    )
-    assert render(template, chat("ua", ["", ""]), {}) == '{"a": "<é"}\n4True[0, 1, 2]False6'
-
-
-PAIRS = {  # student, teacher: the special parts of a chat that one of them does not write
-    ("qwen", "gemma"): {"start_of_chat"},
-    ("llama", "mistral1"): {"header_open", "header_close", "assistant"},
-    ("llama", "mistral3"): {"header_open", "header_close", "assistant"},
-    ("llama", "tekken"): {"header_open", "header_close", "assistant"},
-    ("gemma", "olmo2"): {"header_open", "header_close"},
-    ("qwen", "olmo3"): set(),
-}
-
-
-@pytest.mark.parametrize("kinds", PAIRS)
-@pytest.mark.parametrize("swapped", (False, True))
-def test_the_parts_of_two_templates_are_paired(owned, tmp_path, kinds, swapped):
-    """A student with the special tokens and the template of its own tokenizer, not the teacher's."""
-    student, teacher = (owned(kind) for kind in (kinds[::-1] if swapped else kinds))
-    piece = piece_of(chat("uaua", ["the", "é", "日本語 the", "x"]), tmp_path)
-    (ours,), (theirs,) = student.encode([piece]), teacher.encode([piece])
-    aligned = align(ours, theirs)
-    alone = set()
-    for number, (content, _) in enumerate(piece):
-        chunks = [
-            set(chunk[side.segment == number].tolist())
-            for side, chunk in ((ours, aligned.student_chunk), (theirs, aligned.teacher_chunk))
-        ]
-        if isinstance(content, str):
-            assert chunks[0] == chunks[1] and -1 not in chunks[0]
-        elif not chunks[0] and not chunks[1]:  # neither writes it
-            assert not student.part_ids(content.part) and not teacher.part_ids(content.part)
-        elif set() in chunks:  # what one side lacks is in no chunk of the other
-            alone.add(content.part)
-            assert chunks[0] | chunks[1] <= {-1}
-        else:  # one chunk, which nothing else is in
-            assert chunks[0] == chunks[1] and len(chunks[0]) == 1 and chunks[0] != {-1}
-            (chunk,) = chunks[0]
-            assert set(ours.segment[aligned.student_chunk == chunk].tolist()) == {number}
-            assert set(theirs.segment[aligned.teacher_chunk == chunk].tolist()) == {number}
-    assert alone == PAIRS[kinds]
-
-
-def test_the_teachers_control_tokens_on_another_tokenizer(owned, tmp_path):
-    messages = chat("uaua", ["the", "é", "the user", "x"])
-    for base, source in (("qwen", "mistral3"), ("tinyllama", "olmo2"), ("mistral3", "gemma"), ("mistral1", "tekken")):
-        ours = with_special_tokens(owned(base), owned(source))
-        assert written(ours, piece_of(messages, tmp_path)) == units(by_hand(source, messages), ours)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in CHATS if kind not in ("tinyllama", "llama")])
-def test_tokens_are_those_of_the_whole_chat(tmp_path, kind):
-    """What is tokenized part by part becomes the tokens that the rendered chat has when it is read at once.
-
-    Not TinyLlama's: its tokenizer writes one more space after every special token, which the template does not. Nor
-    this small Llama's, which divides text as GPT-2 does and cuts the two line breaks of a header (the real one does not).
-    """
-    ours = make(kind, tmp_path / "t", CHATS[kind])
-    messages = chat("uaua", ["the user", "é the", "the the", "x"])
-    whole = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
-    ids = whole.encode("".join(text for text, _ in by_hand(kind, messages)), add_special_tokens=False).ids
-    assert ours.encode([piece_of(messages, tmp_path)])[0].ids.tolist() == ids
+        read_chat_template(tmp_path, {}, ())
 
 
 def test_plain_texts_start_as_before(owned):
@@ -397,59 +580,26 @@ def test_plain_texts_start_as_before(owned):
         assert encoding.ids[0] == ours.special["<s>"] and encoding.ids[2] == ours.special["</s>"]
 
 
-@pytest.mark.real
-@pytest.mark.parametrize(
-    "tokenizer, kind", [("llama3", "llama"), ("gemma2", "gemma"), ("gemma3", "gemma"), ("qwen3", "qwen")]
-)
-@pytest.mark.parametrize("roles", ("u", "ua", "uaua", "sua"))
-def test_real_tokenizers_write_what_the_template_writes(tmp_path, tokenizer, kind, roles):
-    if roles[0] == "s" and kind == "gemma":
-        pytest.skip("Gemma's template refuses system messages")
-    ours = load_vocabulary(real_tokenizer(tokenizer))
-    messages = chat(roles, ["the user", "é 日本語\n\nthe </s> [INST] <bos> <|eot_id|> end", "hi", "x"])
-    for side in (ours, byte_vocabulary(ours)):
-        assert written(side, piece_of(messages, tmp_path)) == units(by_hand(kind, messages), side)
-    messages = chat(roles, ["the user", "é 日本語\n\nthe end", "hi", "x"])
-    whole = Tokenizer.from_file(str(real_tokenizer(tokenizer) / "tokenizer.json"))
-    ids = whole.encode("".join(text for text, _ in by_hand(kind, messages)), add_special_tokens=False).ids
-    assert ours.encode([piece_of(messages, tmp_path)])[0].ids.tolist() == ids
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("kind", CHATS)
-def test_templates_render_as_in_transformers(tmp_path, kind):
-    transformers = pytest.importorskip("transformers")
-    make(kind, tmp_path / "t", CHATS[kind])
-    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
-    config = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items()}
-    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
-    messages = chat("uaua", ["the <b>", " é ", "x\n", "y"])
-    names = {key: config[key] for key in ("bos_token", "eos_token") if key in config}
-    ours = render(ChatTemplate(Path("t"), CHATS[kind]), messages, names)
-    assert theirs.apply_chat_template(messages, tokenize=False) == ours
-
-
 # --- What a student's folder says of chats ---------------------------------------------------------------------------
 
 
-def exported(folder: Path, ours: Vocabulary, template: str | None, sampling: dict | None = None) -> Path:
+def exported(folder: Path, ours: Vocabulary, sampling: dict | None = None) -> Path:
     config = ModelConfig(ours.size, embed=2, mlp=2, layers=1, heads=1, kv_heads=1, head_dim=2, windows=(None,))
     shapes = transformer.leaves(transformer.abstract(config))
     model = transformer.from_leaves(config, {leaf: np.zeros(shape.shape, np.float32) for leaf, shape in shapes.items()})
-    student.save(folder, model, ours, None, "float32", student.GenerationConfig(template, sampling=sampling or {}))
+    student.save(folder, model, ours, None, "float32", student.GenerationConfig(sampling=sampling or {}))
     return folder
 
 
 @pytest.mark.parametrize("kind", CHATS)
 def test_a_byte_student_keeps_the_template(owned, tmp_path, kind):
     ours = byte_vocabulary(owned(kind))
-    found, _ = student.load_vocabularies(exported(tmp_path / "student", ours, CHATS[kind]))
-    assert student.read_template(tmp_path / "student") == CHATS[kind]
-    for field in ("token_bytes", "special", "template", "adds_bos"):
+    found, _ = student.load_vocabularies(exported(tmp_path / "student", ours))
+    assert found.chat_template.sources == {"default": CHATS[kind]}
+    for field in ("token_bytes", "special", "names", "adds_bos", "stop_ids"):
         assert getattr(found, field) == getattr(ours, field), field
     messages = chat("uaua", ["the", "é", "the user", "x"])
-    assert written(found, piece_of(messages, tmp_path)) == units(by_hand(kind, messages), ours)
+    assert written(found, read(messages, found)) == units(by_hand(kind, messages), ours)
 
 
 def with_bos(folder: Path, kind: str, word: str, **config: object) -> Vocabulary:
@@ -492,7 +642,7 @@ def test_an_exported_tokenizer_puts_bos_where_the_original_does(tmp_path):
         pair = [*(ours.special[word] for word in bos), *text]
         if ours.tokenizer is None:
             assert tokenizer.encode("the é", "the é").ids == pair * 2, name
-        assert load_vocabulary(exported(tmp_path / f"student {name}", ours, None)).adds_bos == bool(bos)
+        assert load_vocabulary(exported(tmp_path / f"student {name}", ours)).adds_bos == bool(bos)
 
 
 def text_ids(ours: Vocabulary, text: str) -> list[int]:
@@ -505,7 +655,7 @@ def test_real_byte_students_put_bos_where_the_original_does(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     original = load_vocabulary(real_tokenizer(name))
     ours = byte_vocabulary(original)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(exported(tmp_path / "student", ours, None))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported(tmp_path / "student", ours))
     theirs = transformers.AutoTokenizer.from_pretrained(real_tokenizer(name))
     bos = theirs("the é").input_ids[: 1 if name != "qwen3" else 0]
     assert bos == original.part_ids("bos")
@@ -518,7 +668,7 @@ def test_real_byte_students_put_bos_where_the_original_does(tmp_path, name):
     {
         "llama": ["<|eot_id|>"],
         "gemma": ["<eos>", "<end_of_turn>"],
-        "qwen": ["<|endoftext|>", "<|im_end|>"],
+        "qwen": ["<|im_end|>"],
         "mistral3": ["</s>"],
         "olmo2": ["<|endoftext|>"],
         "olmo3": ["<|endoftext|>", "<|im_end|>"],
@@ -533,12 +683,12 @@ def test_generation_config(owned, tmp_path, kind, stops):
     (tmp_path / "config.json").write_text("{}")
     sampling = student.read_generation_config(tmp_path).sampling
     assert sampling == source | {"temperature": 0.7}
-    folder = exported(tmp_path / "student", ours, CHATS[kind], sampling)
-    bos, pad = (ours.template[part] for part in ("bos", "pad"))
+    folder = exported(tmp_path / "student", ours, sampling)
     assert json.loads((folder / "generation_config.json").read_text()) == {
-        "bos_token_id": ours.special[bos[0]] if bos else None,
+        "bos_token_id": next(iter(ours.part_ids("bos")), None),
         "eos_token_id": [ours.special[word] for word in stops],
-        "pad_token_id": ours.special[pad[0]] if pad else None,
+        "pad_token_id": next(iter(ours.part_ids("pad")), None),
+        "max_new_tokens": student.NEW_BYTES,
         **sampling,
     }
 

@@ -30,6 +30,7 @@ from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import ROWS, make_mesh, shard, shard_map, specs
 from minalm.text.documents import Segment, Special
 from minalm.tokenization import tokenizer_json
+from minalm.tokenization.chat_template import read_chat_template
 from minalm.tokenization.suffixes import longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.transfer import TransferPlan, plan_transfer
@@ -70,7 +71,7 @@ def teacher_folder(tmp_path_factory) -> Path:
         activation="gelu_tanh",
         embedding_scale=math.sqrt(24),
     )
-    files["chat_template.jinja"] = b"{{ bos_token }}"
+    files["chat_template.jinja"] = small.CHATS["gemma"].encode()
     keys = {"max_position_embeddings": 640}
     weights.save(folder / "model", random_model(config), "float32", keys=keys, files=files)
     return folder / "model"
@@ -141,14 +142,14 @@ def test_a_byte_vocabulary_comes_out_of_its_folder_again(tmp_path, teacher, fami
     student.save(tmp_path / "model", model, vocabulary, None, "float32", student.GenerationConfig())
     found, none = student.load_vocabularies(tmp_path / "model")
     assert none is None and found.tokenizer is None
-    for field in ("token_bytes", "special", "template"):
+    for field in ("token_bytes", "special", "names", "stop_ids"):
         assert getattr(found, field) == getattr(vocabulary, field), field
     assert found.token_bytes == load_vocabulary(tmp_path / "model").token_bytes
     assert np.array_equal(found.boundary_mask(found.size), vocabulary.boundary_mask(found.size))
     assert weights.load(tmp_path / "model", np.float32).config.vocab_size == vocabulary.size
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     stops = values["eos_token_id"] if isinstance(values["eos_token_id"], list) else [values["eos_token_id"]]
-    assert stops[0] == vocabulary.eos_id and vocabulary.part_ids("end_of_turn")[0] in stops
+    assert stops[0] == vocabulary.eos_id and stops == vocabulary.stop_ids
     assert values["pad_token_id"] == vocabulary.pad_id
 
 
@@ -161,9 +162,9 @@ def test_a_tokenizer_with_added_control_tokens_comes_out_again(tmp_path, teacher
     student.save(tmp_path / "model", model, vocabulary, None, "float32", student.GenerationConfig())
     found, _ = student.load_vocabularies(tmp_path / "model")
     assert found.tokenizer is not None
-    for field in ("token_bytes", "special", "template"):
+    for field in ("token_bytes", "special", "names", "stop_ids"):
         assert getattr(found, field) == getattr(vocabulary, field), field
-    piece = (Segment(Special("bos")), Segment("the user said é日\n\n"), Segment(Special("end_of_turn")))
+    piece = (Segment(Special("bos")), Segment("the user said é日\n\n"), Segment(Special("eos")))
     assert np.array_equal(found.encode([piece])[0].ids, vocabulary.encode([piece])[0].ids)
 
 
@@ -178,7 +179,7 @@ def test_real_vocabularies_come_out_again(tmp_path, source, base):
     config = ModelConfig(vocabulary.size, embed=2, mlp=2, layers=1, heads=1, kv_heads=1, head_dim=2, windows=(None,))
     student.save(tmp_path / "model", random_model(config), vocabulary, None, "float32", student.GenerationConfig())
     found, _ = student.load_vocabularies(tmp_path / "model")
-    for field in ("token_bytes", "special", "template"):
+    for field in ("token_bytes", "special", "names", "stop_ids"):
         assert getattr(found, field) == getattr(vocabulary, field), field
 
 
@@ -193,16 +194,17 @@ def test_ids_with_holes_are_refused(tmp_path):
     (
         ({}, None),
         ({"tokenizer_config.json": {}}, None),
-        ({"tokenizer_config.json": {"chat_template": "a"}}, "a"),
-        ({"tokenizer_config.json": {"chat_template": [{"name": "default", "template": "b"}]}}, "b"),
-        ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.jinja": "c"}, "c"),
+        ({"tokenizer_config.json": {"chat_template": "a"}}, {"default": "a"}),
+        ({"tokenizer_config.json": {"chat_template": [{"name": "default", "template": "b"}]}}, {"default": "b"}),
+        ({"tokenizer_config.json": {"chat_template": "a"}, "chat_template.jinja": "c"}, {"default": "c"}),
     ),
     ids=str,
 )
 def test_chat_template(tmp_path, files, expected):
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    assert student.read_template(tmp_path) == expected
+    found = read_chat_template(tmp_path, {}, ())
+    assert found == expected if found is None else found.sources == expected
 
 
 # --- student_from_teacher -----------------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def test_bytes(tmp_path, monkeypatch, capsys, teacher_folder, expansion):
     assert model.config == made.config and not model.config.tied
     for leaf, array in transformer.leaves(made).items():
         assert np.array_equal(array, transformer.leaves(model)[leaf]), leaf
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == "{{ bos_token }}"
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == small.CHATS["gemma"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 640
 
     # The folder alone is enough to run the model.
@@ -327,7 +329,7 @@ def test_tokenizer(tmp_path, monkeypatch, capsys, teacher_folder, other_tokenize
     old, new = load_vocabulary(teacher_folder), load_vocabulary(tmp_path / "out")
     base = load_vocabulary(other_tokenizer / "tokenizer.json")
     assert new.token_bytes[: base.size] == base.token_bytes
-    assert new.template == old.template and set(small.GEMMA) <= set(new.special)
+    assert new.chat_template.sources == old.chat_template.sources and set(small.GEMMA) <= set(new.special)
     model = weights.load(tmp_path / "out", families.DTYPES["bfloat16"])
     assert model.config.tied and model.config.vocab_size == new.size
     teacher = weights.load(teacher_folder, families.DTYPES["bfloat16"])

@@ -13,8 +13,9 @@ from small_tokenizers import vocabulary
 from tokenizers import pre_tokenizers
 
 from minalm.batches import Side, make_batch, read_ahead
-from minalm.text.documents import Segment, Special
+from minalm.text.documents import Markup, Segment, Special
 from minalm.tokenization.align import align
+from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.suffixes import longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.vocabulary import byte_vocabulary
@@ -29,10 +30,21 @@ def batch_of(pieces, student, teacher, suffixes, student_length, teacher_length)
     return make_batch(pieces, sides[0], None if teacher is None else sides[1])
 
 
+def special(*words):
+    return Segment(Markup(words, words), False)
+
+
 def chat(question, answer):
-    parts = [Special("bos"), Special("header_open"), Special("user"), Special("header_close"), question]
-    parts += [Special("end_of_turn"), Special("header_open"), Special("assistant"), Special("header_close")]
-    return tuple(Segment(part, False) for part in parts) + (Segment(answer), Segment(Special("end_of_turn")))
+    """As Gemma's template writes it, the answer alone counting."""
+    opening = (
+        special("<bos>"),
+        special("<start_of_turn>"),
+        Segment("user\n" + question, False),
+        special("<end_of_turn>"),
+    )
+    middle = Segment("\n", False), special("<start_of_turn>"), Segment("model\n", False), Segment(answer)
+    end = "<end_of_turn>"
+    return *opening, *middle, Segment(Markup((end,), (end,))), Segment("\n")
 
 
 PIECES = [plain("the user said"), chat("the 日本 model?\n\n\n", " hello"), (), plain("")]
@@ -179,7 +191,9 @@ def test_a_batch_of_the_headline_runs_fits_in_2_megabytes():
 def test_a_byte_student_of_a_longer_control_list():
     teacher = vocabulary("gemma")
     student = byte_vocabulary(teacher, [*teacher.template_special, "user", "model"])
-    batch = batch_of([chat("user", "model")], student, teacher, longest_suffix(teacher, student), 30, 30)
+    messages = [{"role": "user", "content": "user"}, {"role": "assistant", "content": "model"}]
+    piece = ChatReader(student, teacher, False, "2026-01-01")({"messages": messages})
+    batch = batch_of([piece], student, teacher, longest_suffix(teacher, student), 30, 30)
     assert (batch.student.inputs == student.special["user"]).sum() == 1  # in the header only
     user = batch.student.inputs == student.special["user"]
     assert teacher.token_bytes[batch.student.suffix[user][0]] == b"user"

@@ -30,7 +30,8 @@ from minalm.models.generate import generate
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import make_mesh, shard
-from minalm.text.documents import Segment, Special, end_of
+from minalm.text.documents import Segment, Special
+from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.vocabulary import Vocabulary
@@ -142,14 +143,10 @@ def write_teacher(folder: Path, name: str) -> Vocabulary:
     return vocabulary
 
 
-def chat(messages: list[dict[str, str]], asked: bool) -> tuple[Segment, ...]:
-    """As text.py reads it; `asked`: with the header of an answer."""
-    piece = [Segment(Special("start_of_chat"))]
-    for number, message in enumerate(messages, start=1):
-        piece += [Segment(Special(part)) for part in ("header_open", message["role"], "header_close")]
-        piece += [Segment(message["content"]), Segment(end_of(message["role"], number == len(messages)))]
-    answer = [Segment(Special(part)) for part in ("header_open", "assistant", "header_close")]
-    return tuple(piece + answer * asked)
+def chat(vocabulary: Vocabulary, messages: list[dict[str, str]], asked: bool) -> list[int]:
+    """The ids of a chat as it is trained on; `asked`: with the header of an answer."""
+    read = ChatReader(vocabulary, vocabulary, False, "2026-01-01")
+    return vocabulary.encode([read({"messages": messages}, add_generation_prompt=asked)])[0].ids.tolist()
 
 
 @dataclass(frozen=True)
@@ -223,10 +220,10 @@ def test_a_chat_has_the_ids_that_we_train_on(exported, name, expansion):
     student = exported(name, expansion)
     for messages in (student.chat, student.chat[:-2]):
         found = render(student, messages)
-        expected = student.vocabulary.encode([chat(messages, student.asked)])[0]
-        assert expected.round_trips and found["input_ids"].tolist() == [expected.ids.tolist()]
+        expected = chat(student.vocabulary, messages, student.asked)
+        assert found["input_ids"].tolist() == [expected]
         assert found["attention_mask"].all() and set(found) == {"input_ids", "attention_mask"}
-        assert expected.ids.max() >= 256
+        assert max(expected) >= 256
     bos = student.vocabulary.part_ids("bos") if student.original.adds_bos else []
     assert student.tokenizer(" é\n").input_ids == [*bos, *" é\n".encode()]
     assert student.tokenizer.decode([*bos, *" é\n".encode()], skip_special_tokens=True) == " é\n"
@@ -256,7 +253,7 @@ def test_logits_in_one_pass_and_step_by_step(exported, name, expansion):
 def test_a_padded_batch_is_its_rows_one_by_one(exported, name, expansion):
     student = exported(name, expansion)
     messages = [student.chat[:-2], student.chat, [*student.chat[:-3], user("the")]]
-    rows = [student.vocabulary.encode([chat(each, student.asked)])[0].ids.tolist() for each in messages]
+    rows = [chat(student.vocabulary, each, student.asked) for each in messages]
     assert len(set(map(len, rows))) == 3
     if student.tokenizer.pad_token is None:  # Mistral's has none, and its users choose one
         student.tokenizer.pad_token = student.end
@@ -313,7 +310,7 @@ def test_generation_stops_where_an_answer_ends(exported, name, expansion):
     """As on the model cards, and by the folder's own settings."""
     student = exported(name, expansion)
     end = student.tokenizer.convert_tokens_to_ids(student.end)
-    assert end == student.vocabulary.special[student.end] and end in student.vocabulary.part_ids("end_of_chat")
+    assert end == student.vocabulary.special[student.end] and end in student.vocabulary.stop_ids
     settings = student.model.generation_config
     stops = set(settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id])
     assert end in stops and settings.temperature == 0.7 and settings.do_sample and settings.top_k == 5
@@ -393,9 +390,9 @@ def test_a_student_on_another_tokenizer(tmp_path, special, tied):
     assert suffixes is None and vocabulary.tokenizer is not None
     assert set(small.CHATML) <= set(vocabulary.special)
     assert (set(small.LLAMA) <= set(vocabulary.special)) == (special == "keep")
-    assert (vocabulary.template == original.template) == (special == "keep")
+    assert (vocabulary.chat_template.sources == original.chat_template.sources) == (special == "keep")
     messages = [SYSTEM, *TURNS]
-    ids = vocabulary.encode([chat(messages, asked=True)])[0].ids
+    ids = np.array(chat(vocabulary, messages, asked=True), np.int32)
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     if special == "change":
         assert inputs["input_ids"].tolist() == [ids.tolist()]
@@ -557,7 +554,7 @@ def test_words_of_the_headers_never_come_out_of_text(published):
     text = "the user said to the model: assistant, system\n\nuser <bos> <|eot_id|>"
     ids = vocabulary.encode([(Segment(Special("bos")), Segment(text))])[0].ids
     assert ids[-len(text) :].tolist() == list(text.encode()) and len(ids) == len(text) + 1
-    header = vocabulary.encode([chat([user("user")], asked=False)])[0].ids.tolist()
+    header = chat(vocabulary, [user("user")], asked=False)
     start, stop = header.index(published.ids["user"]), header.index(ord("u"))
     assert header[stop : stop + 4] == list(b"user") and start < stop
     assert header.count(published.ids["user"]) == 1
@@ -567,7 +564,7 @@ def test_words_of_the_headers_never_come_out_of_text(published):
 def test_a_published_model_computes_what_it_did(published):
     ours, (vocabulary, suffixes) = weights.load(published.folder, np.float32), load_vocabularies(published.folder)
     text = "xyz abcdefghijklmnopqrstuvwxyz the user said é日本 to the model\n\n\tthere"
-    ids = vocabulary.encode([chat([user(text)], asked=True)])[0].ids
+    ids = np.array(chat(vocabulary, [user(text)], asked=True), np.int32)
     expected = plain_logits(published, ids.tolist())
     assert (
         expected.std() > 0.3
@@ -615,7 +612,7 @@ def test_a_published_model_is_exported_and_runs_in_transformers(published, tmp_p
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     _, model = load(tmp_path / "out", trust=True)
     vocabulary, _ = load_vocabularies(tmp_path / "out")
-    ids = vocabulary.encode([chat([user("the user said é日本 to the model\n\n there")], asked=True)])[0].ids.tolist()
+    ids = chat(vocabulary, [user("the user said é日本 to the model\n\n there")], asked=True)
     with torch.no_grad():
         found = model(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(found, plain_logits(published, ids), rtol=0, atol=1e-4)
@@ -636,7 +633,7 @@ def test_a_published_llama_with_norms_of_queries_and_keys(tmp_path):
     missing = plain.load_state_dict(held, strict=False)
     assert missing.unexpected_keys == ["model.expand_embed_tokens.weight"] and not missing.missing_keys
     vocabulary, suffixes = load_vocabularies(published.folder)
-    ids = vocabulary.encode([chat([user("the user said é日本 to the model")], asked=True)])[0].ids
+    ids = np.array(chat(vocabulary, [user("the user said é日本 to the model")], asked=True), np.int32)
     expected = plain_logits(dataclasses.replace(published, plain=plain), ids.tolist())
     assert np.abs(expected - plain_logits(published, ids.tolist())).max() > 0.1  # without these norms
     found = compute(weights.load(published.folder, np.float32), ids[None], suffixes(ids[None]))[0]
@@ -709,8 +706,8 @@ def test_an_untouched_model_stays_as_it_is(tmp_path, name, dtype):
     ).read_bytes()
 
     again = load_vocabularies(tmp_path / "out")[0]
-    assert (again.special, again.template, again.token_bytes) == (
-        *(vocabulary.special, vocabulary.template, vocabulary.token_bytes),
+    assert (again.special, again.names, again.token_bytes) == (
+        *(vocabulary.special, vocabulary.names, vocabulary.token_bytes),
     )
     pieces = [(Segment(Special("bos")), Segment(text), Segment(Special("eos"))) for text in TEXTS]
     assert all(map(np.array_equal, *([e.ids for e in v.encode(pieces)] for v in (again, vocabulary))))

@@ -14,7 +14,7 @@ from real_tokenizers import real_tokenizer
 from test_align import walk
 from test_suffixes import search
 
-from minalm.text.documents import Piece, Segment, Special
+from minalm.text.documents import Markup, Piece, Segment, Special
 from minalm.tokenization.align import align
 from minalm.tokenization.suffixes import longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary
@@ -48,8 +48,13 @@ DIFFERENT = {
     (QWEN, "looks_special"): (IDS | {"student ids"}, SPECIAL),
     (QWEN, "combining"): (IDS | {"student ids"}, COMPOSED),
 }
-PARTS = {"start_header": "header_open", "end_header": "header_close", "eot": "end_of_turn"}
-PARTS |= {"user_name": "user", "assistant_name": "assistant"}
+MARKUP = {  # what Gemma and Llama 3 write for each recorded part of a chat
+    "start_header": (("<start_of_turn>",), ("<|start_header_id|>",)),
+    "end_header": (("\n",), ("<|end_header_id|>", "\n\n")),
+    "eot": (("<end_of_turn>", "\n"), ("<|eot_id|>",)),
+    "user_name": (("user",), ("user",)),
+    "assistant_name": (("model",), ("assistant",)),
+}
 
 
 @cache
@@ -70,14 +75,15 @@ def vocabularies(pair: str) -> tuple[Vocabulary, Vocabulary]:
     return student, teacher
 
 
-def read(prompt: str, *sides: Vocabulary) -> Piece:
+def read(prompt: str, teacher: Vocabulary, student: Vocabulary) -> Piece:
     """The piece that a recorded prompt such as "<|<bos>|>text<|<eos>|>" stands for."""
+    kind = "<start_of_turn>" not in teacher.special
     segments = []
     for index, part in enumerate(re.split(r"<\|<(\w+)>\|>", prompt)):
         if index % 2:
-            segments.append(Segment(Special(PARTS.get(part, part))))
+            segments.append(Segment(Markup(*[MARKUP[part][kind]] * 2) if part in MARKUP else Special(part)))
         elif part:
-            for side in sides:
+            for side in (teacher, student):
                 part = side.normalize(part)
             segments.append(Segment(part))
     return tuple(segments)
@@ -94,7 +100,7 @@ def test_recorded_alignment(pair, name):
     (golden,) = (row for row in GOLDEN["pairs"][pair] if row["name"] == name)
     lengths = golden["smax"], golden["tmax"]
     piece = read(TEXTS[name]["prompt"], teacher, student)
-    (ours,), (theirs,) = student.encode([piece]), teacher.encode([piece])
+    (ours,), (theirs,) = student.encode([piece], "student"), teacher.encode([piece], "teacher")
     assert ours.round_trips and theirs.round_trips
     ours, theirs = ours.cut(lengths[0]), theirs.cut(lengths[1])
     aligned = align(ours, theirs)
@@ -132,15 +138,26 @@ def original_special(student: Vocabulary, teacher: Vocabulary) -> dict[int, int]
 
 
 def alone(side: Vocabulary, piece: Piece) -> list[int]:
-    """What the tokenizer itself gives for each text on its own, and the parts of the template between."""
-    ids = []
-    for content, _ in piece:
-        if isinstance(content, Special):
-            ids += side.part_ids(content.part)
-        elif side.tokenizer is None:
-            ids += content.encode()
-        else:
-            ids += side.tokenizer.encode(content, add_special_tokens=False).ids
+    """What the tokenizer itself gives for each text on its own, and the special tokens between."""
+    ids, run = [], ""
+    words = [
+        word
+        for content, _ in piece
+        for word in (
+            [(content, False)]
+            if isinstance(content, str)
+            else [(side.named(content.part) or "", True)]
+            if isinstance(content, Special)
+            else [(word, word in side.special) for word in content.teacher]
+        )
+    ]
+    for word, special in [*words, ("", True)]:
+        if not special:
+            run += word
+            continue
+        ids += run.encode() if side.tokenizer is None else side.tokenizer.encode(run, add_special_tokens=False).ids
+        ids += [side.special[word]] if word else []
+        run = ""
     return ids
 
 

@@ -17,7 +17,8 @@ from minalm.huggingface.folder import load_vocabularies
 from minalm.models.generate import generate
 from minalm.models.head import VocabularyMask
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
-from minalm.text.documents import Segment, Special, end_of
+from minalm.text.documents import Segment, Special
+from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.tokenizer_json import load_vocabulary
 
 torch = pytest.importorskip("torch")
@@ -99,12 +100,8 @@ def measure_bytes(folder: Path) -> tuple[float, list[int], list[int]]:
     text = "Alignment of tokens requires care: what do the bytes of é, 日本 and 🙂 have in common?\n\n\t"
     text += "Say it in one line, and do not repeat what was asked."
     messages = [{"role": "system", "content": "You answer in a few words."}, {"role": "user", "content": text}]
-    piece = [Segment(Special("start_of_chat"))]
-    for message in messages:
-        piece += [Segment(Special(part)) for part in ("header_open", message["role"], "header_close")]
-        piece += [Segment(message["content"]), Segment(end_of(message["role"], last=False))]
-    piece += [Segment(Special(part)) for part in ("header_open", "assistant", "header_close")]
-    ids = vocabulary.encode([tuple(piece)])[0].ids
+    read = ChatReader(vocabulary, vocabulary, False, "2026-01-01")
+    ids = vocabulary.encode([read({"messages": messages}, add_generation_prompt=True)])[0].ids
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert inputs["input_ids"].tolist() == [ids.tolist()] and 170 < len(ids) < 300
 

@@ -1,8 +1,11 @@
+import functools
 import json
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from minalm.errors import InputError
 from minalm.text import corpus as corpus_module
 from minalm.text.corpus import LONG_LINE, SMALLEST_LIMIT, SPECIAL_BYTES, read_corpus, text_corpus
-from minalm.text.documents import Piece, Segment, Special, end_of
+from minalm.text.documents import Markup, Piece, Segment, Special
 from minalm.text.order import permute
 
 # Few different characters, so that line breaks, spaces, wide and combining characters meet at every border.
@@ -29,19 +32,33 @@ def special(part: str, loss_mask: bool = True) -> Segment:
     return Segment(Special(part), loss_mask)
 
 
+def markup(*words: str, loss_mask: bool = True) -> Segment:
+    return Segment(Markup(words, words), loss_mask)
+
+
+def read_chat(row: Mapping[str, Any], mask_prompt: bool = False) -> Piece:
+    """A chat as a template might write it, with headers that are text."""
+    segments = [markup("<bos>", loss_mask=not mask_prompt)]
+    for message in row["messages"]:
+        counts = not mask_prompt or message["role"] == "assistant"
+        header = [markup("<turn>", loss_mask=not mask_prompt), Segment(message["role"], not mask_prompt)]
+        end = [markup("<end>", loss_mask=counts), Segment("\n", counts)]
+        segments += header + [Segment(message["content"], counts)] + end
+    return tuple(segment for segment in segments if segment.content)
+
+
 def cost(piece: Piece) -> int:
-    return sum(SPECIAL_BYTES if isinstance(content, Special) else len(content.encode()) for content, loss_mask in piece)
+    return sum(len(content.encode()) if isinstance(content, str) else SPECIAL_BYTES for content, loss_mask in piece)
 
 
 def joined(pieces: list[Piece]) -> list[Segment]:
     """The document that the pieces make without the first part of all but one; one text segment a stretch."""
     segments: list[Segment] = [pieces[0][0]]
     for piece in pieces:
-        assert piece[0].content in (Special("bos"), Special("start_of_chat")) and piece[0] == pieces[0][0]
+        assert piece[0].content in (Special("bos"), markup("<bos>").content) and piece[0] == pieces[0][0]
         for number, segment in enumerate(piece[1:]):
-            previous = segments[-1]
-            if number == 0 and isinstance(previous.content, str) and isinstance(segment.content, str):
-                assert previous.loss_mask == segment.loss_mask
+            previous, texts = segments[-1], isinstance(segment.content, str) and isinstance(segments[-1].content, str)
+            if number == 0 and texts and previous.loss_mask == segment.loss_mask:
                 segments[-1] = Segment(previous.content + segment.content, segment.loss_mask)
             else:
                 segments.append(segment)
@@ -64,32 +81,33 @@ def test_pieces_of_plain_text_spell_it_and_fit(documents: list[str], limit: int)
 @settings(deadline=None)
 def test_pieces_of_chats_spell_them_and_fit(chats: list, limit: int, mask_prompt: bool) -> None:
     chats = [*chats, [{"role": "user", "content": "x"}]]
-    expected = []
-    for chat in chats:
-        document = [special("start_of_chat", not mask_prompt)]
-        for number, message in enumerate(chat, start=1):
-            document += [special(part, not mask_prompt) for part in ("header_open", message["role"], "header_close")]
-            loss_mask = not mask_prompt or message["role"] == "assistant"
-            document += [Segment(message["content"], loss_mask)] if message["content"] else []
-            end = "turn" if message["role"] == "assistant" else message["role"]
-            document += [
-                special("end_of_chat" if end == "turn" and number == len(chat) else f"end_of_{end}", loss_mask)
-            ]
-        if any(message["content"] for message in chat):
-            expected.append(document)
+    read = functools.partial(read_chat, mask_prompt=mask_prompt)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "chats.jsonl")
         path.write_bytes(b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats))
-        corpus = read_corpus([path], limit, mask_prompt)
+        corpus = read_corpus([path], limit, read)
         pieces = [corpus.piece(index) for index in range(len(corpus))]
-    assert max(map(cost, pieces)) <= limit
-    for piece in pieces:
-        contents = [content.part if isinstance(content, Special) else "text" for content, loss_mask in piece]
-        # Neither a header without the start of its text, nor an end of turn without the end of its text, on its own.
-        assert contents[-1] in ("text", "end_of_system", "end_of_user", "end_of_turn", "end_of_chat")
-        assert contents[1] in ("text", "header_open")
+    assert max(map(cost, pieces)) <= limit and corpus.has_chats
+    for piece in pieces[:-1]:  # a piece ends in a text, or where a message does
+        assert isinstance(piece[-1].content, str) or piece[-1] == piece[-1]._replace(content=markup("<end>").content)
     documents = [pieces[a:b] for a, b in pairwise([*_firsts(corpus.pieces[:, 0]), len(pieces)])]
-    assert [joined(document) for document in documents] == expected
+    got = [joined(joined_texts(document)) for document in documents]
+    assert got == [joined(joined_texts([read({"messages": chat})])) for chat in chats]
+
+
+def joined_texts(pieces: list[Piece]) -> list[Piece]:
+    """The pieces with texts side by side as one, if they count alike."""
+    found = []
+    for piece in pieces:
+        segments: list[Segment] = []
+        for segment in piece:
+            last = segments[-1] if segments else None
+            if last is not None and all(isinstance(s.content, str) for s in (last, segment)) and last[1] == segment[1]:
+                segments[-1] = Segment(last.content + segment.content, last.loss_mask)
+            else:
+                segments.append(segment)
+        found.append(tuple(segments))
+    return found
 
 
 @given(documents=st.lists(texts | messages, min_size=1, max_size=4), limit=limits, mask_prompt=st.booleans())
@@ -99,13 +117,14 @@ def test_long_lines_give_the_pieces_of_short_ones(documents: list, limit: int, m
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder, "lines.jsonl")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        short = read_corpus([path], limit, mask_prompt)
+        read = functools.partial(read_chat, mask_prompt=mask_prompt)
+        short = read_corpus([path], limit, read)
         pieces = [short.piece(index) for index in range(len(short))]
         bound = len('{"text": "x"}\n')  # the last line is a short one, and most others are longer
         patch.setattr(corpus_module, "LONG_LINE", bound)
-        long = read_corpus([path], limit, mask_prompt)
+        long = read_corpus([path], limit, read)
         assert [long.piece(index) for index in range(len(long))] == pieces
-    assert long.pieces[-1].tolist() == short.pieces[-1].tolist() and long.chat_parts == short.chat_parts
+    assert long.pieces[-1].tolist() == short.pieces[-1].tolist() and long.has_chats == short.has_chats
     assert (len(long.long) > 0) == (short.documents[:, 2] > bound).any()
 
 
@@ -119,12 +138,12 @@ def test_a_long_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     parsed = []
     parse = corpus_module._parse
 
-    def counted(line: bytes, mask_prompt: bool) -> Piece:
+    def counted(line: bytes, read: Callable) -> Piece:
         parsed.append(len(line))
-        return parse(line, mask_prompt)
+        return parse(line, read)
 
     monkeypatch.setattr(corpus_module, "_parse", counted)
-    corpus = read_corpus([path], limit=1000)
+    corpus = read_corpus([path], 1000, read_chat)
     assert len(corpus) > 100
     for index in range(len(corpus)):
         corpus.piece(index)
@@ -188,13 +207,22 @@ def test_files_are_cut_as_texts_in_memory(tmp_path: Path) -> None:
     assert pieces[0] == pieces[1] == pieces[2]
 
 
-def test_a_turn_ends_a_piece(tmp_path: Path) -> None:
-    rows = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b c d" * 9}]
+def test_a_message_begins_a_piece(tmp_path: Path) -> None:
+    rows = [{"role": "user", "content": "a\n" * 20}, {"role": "assistant", "content": "b c d" * 9}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": rows}))
-    corpus = read_corpus([tmp_path / "chat.jsonl"], limit=4 + 12 + 40 + 4 + 12 + 4)
-    assert corpus.piece(0)[-1] == special("end_of_user")
-    assert corpus.piece(1)[1] == special("header_open")
+    corpus = read_corpus([tmp_path / "chat.jsonl"], 4 + 4 + 4 + 40 + 4 + 1 + 30, read_chat)
+    assert corpus.piece(0)[-2:] == (markup("<end>"), Segment("\n"))
+    assert corpus.piece(1)[:2] == (markup("<bos>"), markup("<turn>"))
     assert len(corpus) == 2
+
+
+def test_a_template_may_write_more_than_a_piece_holds(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text('{"messages": []}')
+    document = markup("<bos>"), markup("<turn>", "b" * 99), Segment("cc"), markup("<end>", "d" * 99)
+    corpus = read_corpus([tmp_path / "chat.jsonl"], 40, lambda row: document)
+    pieces = [corpus.piece(index) for index in range(len(corpus))]
+    assert [segment for piece in pieces for segment in piece[1:]] == list(document[1:])
+    assert all(piece[0] == document[0] for piece in pieces) and len(pieces) > 1
 
 
 def test_files_of_folders_in_order(tmp_path: Path) -> None:
@@ -207,37 +235,17 @@ def test_files_of_folders_in_order(tmp_path: Path) -> None:
     (tmp_path / "b" / "empty.txt").touch()
     (tmp_path / "b" / "ignored.md").write_text("no")
     (tmp_path / "a.txt").write_text("zero")
-    corpus = read_corpus([tmp_path, tmp_path / "b.txt"], limit=100)
+    corpus = read_corpus([tmp_path, tmp_path / "b.txt"], 100, read_chat)
     spelled = ["".join(content for content, _ in corpus.piece(i) if isinstance(content, str)) for i in range(6)]
-    assert spelled == ["zero", "one", "twö", "three", "vièr\r\n", "vièr\r\n"]
+    assert spelled == ["zero", "one", "twö", "userthree\n", "vièr\r\n", "vièr\r\n"]
     assert len(corpus) == 6
 
 
-def test_prompts_are_masked(tmp_path: Path) -> None:
-    rows = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": rows}) + '\n{"text": "plain"}')
-    corpus = read_corpus([tmp_path], limit=100, mask_prompt=True)
-    counted = [[segment.content for segment in corpus.piece(index) if segment.loss_mask] for index in range(2)]
-    assert counted == [["b", Special("end_of_chat")], [Special("bos"), "plain", Special("eos")]]
-    assert all(segment.loss_mask for segment in read_corpus([tmp_path], limit=100).piece(0))
-
-
-def test_parts_of_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None:
-    roles = ("user", "assistant", "user", "assistant")
-    (tmp_path / "x.jsonl").write_text(
-        json.dumps({"messages": [{"role": role, "content": "a"} for role in roles]}) + '\n{"text": "plain"}'
-    )
-    corpus = read_corpus([tmp_path], limit=200)
-    parts = {content.part for content, _ in corpus.piece(0) if isinstance(content, Special)}
-    assert corpus.chat_parts == parts and corpus.has_chats
-    assert parts >= {"start_of_chat", "end_of_user", "end_of_turn", "end_of_chat"} and "end_of_system" not in parts
-    assert text_corpus(["plain"], limit=100).chat_parts == frozenset()
-
-
-def test_every_role_has_an_end_of_its_own() -> None:
-    assert [end_of(role, last).part for role in ("system", "user", "assistant") for last in (False, True)] == [
-        *("end_of_system", "end_of_system", "end_of_user", "end_of_user", "end_of_turn", "end_of_chat")
-    ]
+def test_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "plain"}')
+    assert read_corpus([tmp_path], 200, read_chat).has_chats and not text_corpus(["plain"], limit=100).has_chats
+    with pytest.raises(InputError, match="x.jsonl, line 1: a chat, which cannot be read without a chat template"):
+        read_corpus([tmp_path], limit=200)
 
 
 CHAT = '{"messages": [{"role": "user", "content": "good"}]}\n'
@@ -253,11 +261,6 @@ CHAT = '{"messages": [{"role": "user", "content": "good"}]}\n'
         ("a.jsonl", '{"text": "a", "messages": []}', "line 1: not an object .* exactly one of these keys"),
         ("a.jsonl", '{"text": 3}', "`text` is not a string"),
         ("a.jsonl", '{"text": "\\ud83d"}', "half of a surrogate pair"),
-        ("a.jsonl", '{"messages": []}', "`messages` is empty or not a list"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}', "lacks `role` or `content`"),
-        ("a.jsonl", '{"messages": [{"role": "tool", "content": "a"}]}', "unknown role 'tool'"),
-        ("a.jsonl", '{"messages": [{"role": ["user"], "content": "a"}]}', "unknown role"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', "`content` is not a string"),
         ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl, line 1: not UTF-8"),
         ("a.txt", b"\xe9", "a.txt is not UTF-8"),
         ("a.txt", b"a" * (1 << 20) + b"\xc3", "a.txt is not UTF-8"),
@@ -270,7 +273,7 @@ def test_bad_files_are_named_at_the_start(tmp_path: Path, name: str, content: st
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
-        read_corpus([path], limit=100)
+        read_corpus([path], 100, read_chat)
 
 
 def test_missing_files_and_small_windows(tmp_path: Path) -> None:

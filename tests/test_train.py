@@ -665,7 +665,7 @@ def test_control_tokens_of_the_students_own_tokenizer(files, tmp_path, monkeypat
     small.save(tmp_path / "tokenizer", small.byte_level(), small.CHATML, chat_template=template)
     kept = load_models(StudentConfig(teacher=files.untied, student_tokenizer=tmp_path / "tokenizer"), 64, 0)
     assert set(kept.teacher.vocabulary.template_special) <= set(kept.student.vocabulary.special)
-    assert kept.generation_config.chat_template is None
+    assert kept.student.vocabulary.chat_template == kept.teacher.vocabulary.chat_template
     changes = {"student_tokenizer": tmp_path / "tokenizer", "special_tokens": "change", "steps": 1}
     run(files, tmp_path / "run", **changes)
     written = json.loads((tmp_path / "run" / "hf" / "tokenizer_config.json").read_text())
@@ -673,7 +673,7 @@ def test_control_tokens_of_the_students_own_tokenizer(files, tmp_path, monkeypat
     vocabulary, _ = load_vocabularies(tmp_path / "run" / "hf")
     assert set(vocabulary.special) == set(small.CHATML) != set(kept.student.vocabulary.special)
     assert vocabulary.size == load_vocabulary(tmp_path / "tokenizer").size
-    assert vocabulary.template == load_vocabulary(tmp_path / "tokenizer").template
+    assert vocabulary.names == load_vocabulary(tmp_path / "tokenizer").names
     convert_run(monkeypatch, "export", tmp_path / "run", tmp_path / "out", "--dtype", "float32")
     assert contents(tmp_path / "out") == contents(tmp_path / "run" / "hf")
 
@@ -961,7 +961,7 @@ def test_bad_settings(files, tmp_path):
         ({"seed": -1}, "--seed is -1"),
         ({"mesh__tp": 0}, "at least 1"),
         ({"mesh__fsdp": -1}, "at least 1"),
-        ({"data": chat}, "the special tokens of no known chat template"),
+        ({"data": chat}, "has no chat template, so it cannot write chats"),
         ({"piece_bytes": 5}, "pieces of 5 bytes are too short"),
         ({"losses__tau": 0}, "--losses.tau must be above 0"),
         ({"losses__gamma": -1}, "--losses.gamma is -1.0: it must be a number of at least 0"),
@@ -996,7 +996,7 @@ def test_bad_presets(files, tmp_path, monkeypatch):
         (
             "role.jsonl",
             b'{"messages": [{"role": "tool", "content": "x"}]}\n',
-            "role.jsonl, line 1: unknown role 'tool'",
+            "so it cannot write chats: give plain texts, or a tokenizer with one",
         ),
         ("text.csv", b"x", "text.csv is neither .txt nor .jsonl"),
         ("empty.txt", b"", "there is no text in"),

@@ -10,7 +10,7 @@ from small_tokenizers import CHATML, GEMMA, LLAMA, byte_level, save, sentencepie
 from tokenizers import pre_tokenizers
 
 from minalm.errors import InputError
-from minalm.text.documents import Segment, Special
+from minalm.text.documents import Markup, Segment, Special
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
 
@@ -100,89 +100,59 @@ def test_added_tokens_that_are_not_special_are_text():
     assert text_ids(gemma, "\n\n\n") == [gemma.tokenizer.token_to_id("\n\n\n")]
 
 
-CHAT = (
-    "bos",
-    "header_open",
-    "user",
-    "header_close",
-    "hi",
-    "end_of_turn",
-    "header_open",
-    "assistant",
-    "header_close",
-    "end_of_turn",
-)
+def test_what_a_segment_is_written_as():
+    piece = (
+        Segment(Special("bos")),
+        Segment(Markup(("<|start_header_id|>", "user"), ("<start_of_turn>", "user"))),
+        Segment("the 1"),
+        Segment(Markup((), ("<end_of_turn>",))),
+        Segment(Special("eos")),
+    )
+    (ours,), (theirs,) = vocabulary("llama").encode([piece]), vocabulary("gemma").encode([piece], "teacher")
+    names = {i: word for side in ("llama", "gemma") for word, i in vocabulary(side).special.items()}
+    assert names[theirs.ids[-2]] == "<end_of_turn>" and theirs.ends[-2:].tolist() == [8, 9]
+    assert ours.ends[-1] == 9 and ours.written.tolist() == [True, True, True, False, True]
+    # "user" is read together with the text behind it, and none of its tokens ends before the Markup does.
+    for kind, side in (("llama", "student"), ("gemma", "teacher")):
+        (encoding,) = vocabulary(kind).encode([piece], side)
+        assert encoding.round_trips and encoding.text_bytes.sum() == 5
+        (whole,) = vocabulary(kind).encode([(Segment("x"), Segment("userthe 1"))])
+        inner = encoding.ids[(encoding.segment == 1) | (encoding.segment == 2)].tolist()[1:]
+        assert inner == text_ids(vocabulary(kind), "userthe 1")
+        assert set(encoding.ends.tolist()) - {-1} <= set(range(1, 10))
 
 
-@pytest.mark.parametrize(
-    "kind, words",
-    {
-        "llama": (
-            [
-                LLAMA[0],
-                LLAMA[1],
-                "user",
-                LLAMA[2],
-                "\n\n",
-                "hi",
-                LLAMA[3],
-                LLAMA[1],
-                "assistant",
-                LLAMA[2],
-                "\n\n",
-                LLAMA[3],
-            ]
-        ),
-        "gemma": (
-            [
-                "<bos>",
-                GEMMA[3],
-                "user",
-                "\n",
-                "hi",
-                "<end_of_turn>",
-                "\n",
-                GEMMA[3],
-                "model",
-                "\n",
-                "<end_of_turn>",
-                "\n",
-            ]
-        ),
-        "qwen": [CHATML[1], "user", "\n", "hi", CHATML[2], "\n", CHATML[1], "assistant", "\n", CHATML[2], "\n"],
-    }.items(),
-)
-def test_chat_templates(kind, words):
-    piece = tuple(Segment(part if part == "hi" else Special(part)) for part in CHAT)
-    for ours in (vocabulary(kind), byte_vocabulary(vocabulary(kind))):
-        (encoding,) = ours.encode([piece])
-        tokens = [[ours.special[word]] if word in ours.special else text_ids(ours, word) for word in words]
-        assert encoding.ids.tolist() == [i for token in tokens for i in token]
-        # Every part ends where it does for every other vocabulary, its other tokens nowhere.
-        places = [end for end in encoding.ends if end >= 0 and end not in (5, 6)]
-        assert places == [place for place in (1, 2, 3, 4, 7, 8, 9, 10, 11) if kind != "qwen" or place != 1]
+def test_texts_side_by_side_are_one_text():
+    for kind in ("llama", "gemma", "llama2", "metaspace", "qwen"):
+        ours = vocabulary(kind)
+        (apart,), (joined,) = (
+            ours.encode([(Segment("th", False), Segment("e the"))]),
+            ours.encode([(Segment("the the"),)]),
+        )
+        assert apart.ids.tolist() == joined.ids.tolist() and apart.round_trips
+        assert apart.ends.tolist() == joined.ends.tolist()
+        cut = apart.ends > 2  # a token that is in part of what counts does too
+        assert (apart.loss_mask == cut).all() and cut.any()
+        (apart,) = ours.encode([(Segment("the", False), Segment(" the"))])
+        assert (
+            apart.loss_mask.tolist()
+            == [False] * (len(apart.ids) - apart.loss_mask.sum()) + [True] * apart.loss_mask.sum()
+        )
+        assert apart.loss_mask.any() and not apart.loss_mask.all()
 
 
-def test_template_follows_tokenizer_config(tmp_path):
+def test_names_follow_tokenizer_config(tmp_path):
     tokenizer = byte_level()
     smollm = save(tmp_path / "s", tokenizer, CHATML, bos_token=CHATML[1], eos_token=CHATML[2], pad_token=CHATML[2])
-    parts = load_vocabulary(smollm).template
-    assert (parts["bos"], parts["eos"], parts["pad"]) == ((), ("<|im_end|>",), ("<|im_end|>",))
-    parts = vocabulary("qwen").template
-    assert (parts["bos"], parts["eos"], parts["pad"]) == ((), ("<|endoftext|>",), ("<|endoftext|>",))
-    base = save(tmp_path / "base", tokenizer, LLAMA, eos_token="<|end_of_text|>")  # no chat model: texts end otherwise
-    assert load_vocabulary(base).template["eos"] == ("<|end_of_text|>",)
-    assert vocabulary("llama").template["eos"] == ("<|eot_id|>",)
-    plain = load_vocabulary(save(tmp_path / "plain", byte_level(), ["<s>"], bos_token="<s>", eos_token="</s>"))
-    assert plain.template == {"bos": ("<s>",), "eos": (), "pad": ()}
-    assert (plain.pad_id, plain.eos_id) == (0, None)
+    ours = load_vocabulary(smollm)  # its bos opens every message of a chat, and no text begins with it
+    assert ours.names == {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    assert ours.chat_template.names["bos_token"] == CHATML[1] and ours.part_ids("bos") == []
+    base = save(tmp_path / "base", tokenizer, LLAMA, eos_token="<|end_of_text|>")
+    assert load_vocabulary(base).named("eos") == "<|end_of_text|>" and vocabulary("llama").named("eos") == "<|eot_id|>"
+    plain = load_vocabulary(save(tmp_path / "plain", byte_level(), ["<s>"], bos_token="<s>"))
+    assert plain.names == {"bos_token": "<s>"} and (plain.pad_id, plain.eos_id) == (0, None)
     ids = plain.encode([(Segment(Special("bos")), Segment("a"), Segment(Special("eos")))])[0].ids
     assert ids.tolist() == [plain.special["<s>"], plain.id_of_bytes[b"a"]]
-
-
-def test_chat_without_a_template_is_refused():
-    with pytest.raises(InputError, match="no known chat template"):
-        vocabulary("llama2").encode([(Segment(Special("header_open")),)])
 
 
 def test_byte_vocabulary():
@@ -192,7 +162,7 @@ def test_byte_vocabulary():
     assert list(ours.special) == sorted(GEMMA) and list(ours.special.values()) == [256, 257, 258, 259, 260]
     assert (ours.size, ours.pad_id, ours.eos_id) == (261, ours.special["<pad>"], ours.special["<eos>"])
     longer = byte_vocabulary(gemma, [*sorted(GEMMA), "model", "user"])
-    assert longer.part_ids("user") == [262] and longer.decode([262]) == "user"
+    assert longer.special["user"] == 262 and longer.decode([262]) == "user"
     assert text_ids(longer, "user") == list(b"user")  # a word of the header is no token of text
     assert longer.template_special == ours.template_special
     mask = longer.boundary_mask(270)
@@ -204,7 +174,7 @@ def test_control_of_another_vocabulary():
     ours = with_special_tokens(qwen, llama)
     assert [ours.special[word] - qwen.size for word in LLAMA] == [0, 1, 2, 3, 4]
     assert text_ids(ours, "the <think>") == text_ids(qwen, "the <think>")
-    assert ours.part_ids("end_of_turn") == [ours.special["<|eot_id|>"]]
+    assert ours.chat_template == llama.chat_template and ours.named("eos") == "<|eot_id|>"
     assert with_special_tokens(qwen, qwen).special == qwen.special
     marked = {i for i in np.flatnonzero(ours.boundary_mask(400)) if i in set(ours.special.values())}
     assert marked == {ours.special[word] for word in LLAMA}  # Qwen's own are not of this template

@@ -15,13 +15,14 @@ from minalm.huggingface.weights import LazyTensor
 from minalm.models import transformer
 from minalm.models.config import ModelConfig
 from minalm.models.transformer import Transformer
-from minalm.tokenization import chat
+from minalm.tokenization.special_tokens import NAMES
 from minalm.tokenization.suffixes import LongestSuffix, read_expansion, write_expansion
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
 from minalm.tokenization.vocabulary import Vocabulary
 
 # The keys of generation_config.json that say how to sample. Its other keys hold ids, which a new vocabulary changes.
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+NEW_TOKENS, NEW_BYTES = 256, 1024  # that an exported model generates, unless a program says otherwise
 # Files of a model, beside config.json and tensors, that `copy` takes along.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 COPIED += ("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
@@ -32,21 +33,14 @@ FROZEN = "frozen.safetensors"  # the tensors in a folder of `write_start`
 class GenerationConfig:
     """How a model is used, beside its weights and tokenizer; a student takes it over from its teacher."""
 
-    chat_template: str | None = None
     max_length: int | None = None  # tokens; nothing here depends on it
     sampling: Mapping[str, Any] = field(default_factory=dict)  # the SAMPLING keys of generation_config.json
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """What config.json, the chat template and generation_config.json of a folder say. Raises InputError."""
+    """What config.json and generation_config.json of a folder say. Raises InputError."""
     length = weights.read_json(folder / "config.json").get("max_position_embeddings")
-    return GenerationConfig(read_template(folder), length, _read_sampling(folder))
-
-
-def read_template(path: Path) -> str | None:
-    """The chat template in a folder, or beside a tokenizer.json. Raises InputError."""
-    template = chat.read_chat_template(path if path.is_dir() else path.parent)
-    return None if template is None else template.source
+    return GenerationConfig(length, _read_sampling(folder))
 
 
 def save(
@@ -59,8 +53,7 @@ def save(
 ) -> None:
     """Writes a model and its tokenizer as a new Hugging Face folder, without rows past the vocabulary.
 
-    `suffixes` is the search of the model's input expansion, if it has one. The chat template is written as it is, so it
-    must use the special tokens of `vocabulary`. Raises InputError as `weights.save` does.
+    `suffixes` is the search of the model's input expansion, if it has one. Raises InputError as `weights.save` does.
     """
     if (suffixes is None) != (model.config.expansion_size is None):
         raise ValueError("`suffixes` belong to a model with an input expansion, and to no other")
@@ -167,36 +160,37 @@ def _tokenizer_config(vocabulary: Vocabulary, generation_config: GenerationConfi
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    words = {i: word for word, i in vocabulary.special.items()}
-    for part in ("bos", "eos", "pad"):
-        if ids := _special_ids(vocabulary, part):
-            config[f"{part}_token"] = words[ids[0]]
-    if generation_config.chat_template is not None:
-        config["chat_template"] = generation_config.chat_template
+    template = vocabulary.chat_template
+    named = {**(template.names if template is not None else {}), **vocabulary.names}
+    config |= {name: named[name] for name in NAMES if named.get(name) in vocabulary.special}
+    if template is not None:
+        several = [{"name": name, "template": source} for name, source in template.sources.items()]
+        config["chat_template"] = several if len(several) > 1 else template.sources["default"]
     if generation_config.max_length is not None:
         config["model_max_length"] = generation_config.max_length
     return config
-
-
-def _special_ids(vocabulary: Vocabulary, part: str) -> list[int]:
-    return [vocabulary.special[word] for word in vocabulary.template.get(part, ()) if word in vocabulary.special]
 
 
 def _files(
     vocabulary: Vocabulary, suffixes: LongestSuffix | None, generation_config: GenerationConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of a model's folder, the keys of config.json that name tokens and the like, and the files of the tokenizer."""
-    ids = {part: _special_ids(vocabulary, part)[:1] for part in ("bos", "eos", "end_of_turn", "end_of_chat", "pad")}
-    stops = list(dict.fromkeys(ids["eos"] + ids["end_of_turn"] + ids["end_of_chat"]))  # generation ends at any of them
+    ids = {part: next(iter(vocabulary.part_ids(part)), None) for part in ("bos", "eos", "pad")}
+    stops = vocabulary.stop_ids  # generation ends at any of them
     keys: dict[str, Any] = {
-        "bos_token_id": ids["bos"][0] if ids["bos"] else None,
+        "bos_token_id": ids["bos"],
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
-        "pad_token_id": ids["pad"][0] if ids["pad"] else None,
+        "pad_token_id": ids["pad"],
     }
     files = {
         "tokenizer.json": tokenizer_json(vocabulary),
         "tokenizer_config.json": _tokenizer_config(vocabulary, generation_config),
-        "generation_config.json": {**keys, "eos_token_id": stops or None, **generation_config.sampling},
+        "generation_config.json": {
+            **keys,
+            "eos_token_id": stops or None,
+            "max_new_tokens": NEW_BYTES if vocabulary.tokenizer is None else NEW_TOKENS,
+            **generation_config.sampling,
+        },
     }
     if generation_config.max_length is not None:
         keys["max_position_embeddings"] = generation_config.max_length

@@ -46,6 +46,11 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def of_first(number: int) -> int:
+    """The first process' number. All must call it."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.distributed.is_initialized() else number
+
+
 def failed_processes(failed: bool) -> list[int]:
     """The numbers of the processes where `failed` is true. All must call it; none returns before all have."""
     return np.flatnonzero(multihost_utils.process_allgather(np.array(failed))).tolist()

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from minalm.run.estimate import Estimate
 from minalm.run.settings import flat
-from minalm.run.setup import Models
+from minalm.run.setup import Models, Texts
+from minalm.text.documents import Markup, Piece
 from minalm.tokenization.vocabulary import Vocabulary
 from minalm.types import Batch
 
@@ -28,11 +29,11 @@ def say(text: str) -> None:
 
 
 def show_run(
-    settings: Mapping[str, Any], models: Models, mesh: Mesh, changes: Sequence[str], batch: Batch, quiet: bool
+    settings: Mapping[str, Any], models: Models, mesh: Mesh, notes: Sequence[str], texts: Texts, quiet: bool
 ) -> None:
-    """What a run begins with: its settings, its models, devices that have nothing to do, and how texts are aligned.
+    """What a run begins with: its settings, its models, devices that have nothing to do, a chat, and how texts are aligned.
 
-    `changes`: what is not as it was before a run that goes on. `quiet`: this process shows nothing, now and later.
+    `notes`: what else a user should know. `quiet`: this process shows nothing, now and later.
     """
     console.quiet = quiet
     table = Table.grid(padding=(0, 2))
@@ -44,16 +45,29 @@ def show_run(
         if count := sum(leaf.size for leaf in jax.tree.leaves(model)):
             table.add_row(Text(f"parameters: {name}", "bold"), f"{count:,}")
     console.print(table)
-    for change in changes:
-        say(f"Note: {change}.")
+    for note in notes:
+        say(f"Note: {note}.")
     if idle := jax.device_count() - mesh.size:
         say(
             f"Note: {idle} of {jax.device_count()} devices have nothing to do, since --mesh.fsdp {mesh.shape['fsdp']} is "
             f"what divides --batch-size {settings['batch_size']} (and --accumulation): "
             f"a multiple of {jax.device_count() // mesh.shape['tp']} rows would use all."
         )
+    if (chat := texts.first_chat()) is not None:
+        show_chat(chat)
     if models.teacher is not None:
-        show_alignment(batch, models.student.vocabulary, models.teacher.vocabulary)
+        show_alignment(texts.batch(0), models.student.vocabulary, models.teacher.vocabulary)
+
+
+def show_chat(piece: Piece) -> None:
+    """A chat as it is trained on: special tokens and templates' text in colour, what counts in the losses underlined."""
+    shown = Text("chat ", "bold")
+    for content, loss_mask in piece:
+        words = (content,) if isinstance(content, str) else content.student if isinstance(content, Markup) else ()
+        style = f"{'' if isinstance(content, str) else 'bold cyan'}{' underline' if loss_mask else ''}".strip()
+        shown.append(_printable("".join(words)), style)
+    console.print(shown)
+    console.print(Text("Cyan: special tokens. Underlined: what counts in the losses.", "dim"))
 
 
 def _tokens(ids: Int[np.ndarray, " time"], chunk: Int[np.ndarray, " time"], vocabulary: Vocabulary) -> Text:

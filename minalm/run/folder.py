@@ -1,7 +1,7 @@
 """A run's folder, which alone is enough to go on with the run, export its student, and see how far it came.
 
     config.yaml        the settings
-    run.json           what the run read: fingerprints of texts and models; and what changed when it went on
+    run.json           when the run began, fingerprints of texts and models that it read, what changed when it went on
     student/           the student without what training changes (huggingface.folder.write_start)
     lock               held by the process that writes here
     metrics.jsonl, evaluations.jsonl, samples.jsonl, summary.json    run.recorder
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,7 @@ import yaml
 
 from minalm.errors import InputError, check_at_least, flag
 from minalm.huggingface.folder import Start, read_start
-from minalm.parallel.distributed import is_first
+from minalm.parallel.distributed import is_first, of_first
 from minalm.run.checkpoint import latest
 from minalm.run.settings import flat
 
@@ -166,6 +167,7 @@ def open_run(
     settings: Mapping[str, Any],
     defaults: Mapping[str, Any],
     fingerprints: Mapping[str, str],
+    date: str,
     write_student: Callable[[Path], None],
 ) -> tuple["RunFolder", list[str]]:
     """Starts or resumes the run in --out. Also returns one sentence for each change since it began.
@@ -174,7 +176,16 @@ def open_run(
     """
     if config.resume:
         return resume_run(config, settings, defaults, fingerprints)
-    return start_run(config, inputs, settings, fingerprints, write_student), []
+    return start_run(config, inputs, settings, fingerprints, date, write_student), []
+
+
+def run_date(config: RunConfig) -> str:
+    """The day on which the run began, in ISO 8601, by the first process' clock: today, unless it is resumed."""
+    today = datetime.now(UTC).date().toordinal()
+    if config.resume and is_run(config.out):
+        began = json.loads((config.out / "run.json").read_bytes()).get("date")
+        today = today if began is None else date.fromisoformat(began).toordinal()
+    return date.fromordinal(of_first(today)).isoformat()
 
 
 def start_run(
@@ -182,6 +193,7 @@ def start_run(
     inputs: Sequence[Path],
     settings: Mapping[str, Any],
     fingerprints: Mapping[str, str],
+    date: str,
     write_student: Callable[[Path], None],
 ) -> RunFolder:
     """Makes --out, in place of the run that is there if `config.overwrite` says so; it appears whole or not at all.
@@ -197,7 +209,7 @@ def start_run(
     try:
         _write_settings(new, settings)
         write_student(new / "student")
-        _write_json(new / "run.json", {"format": FORMAT, "read": dict(fingerprints), "changes": []})
+        _write_json(new / "run.json", {"format": FORMAT, "date": date, "read": dict(fingerprints), "changes": []})
         check_out(config, inputs)
         if config.overwrite and out.exists():
             with _locked(out):

@@ -1,7 +1,7 @@
 """What a run reads: the models that it begins with, and its text."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +20,6 @@ from minalm.huggingface.folder import (
     GenerationConfig,
     load_vocabularies,
     read_generation_config,
-    read_template,
     write_start,
 )
 from minalm.models.config import ModelConfig
@@ -30,8 +29,9 @@ from minalm.models.transformer import Transformer, abstract, initialize
 from minalm.parallel.mesh import local_rows
 from minalm.run.fingerprint import model_fingerprint
 from minalm.text.corpus import Corpus, read_corpus, text_corpus
-from minalm.text.documents import Piece
+from minalm.text.documents import Piece, Special
 from minalm.text.stdlib import stdlib_documents
+from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
 from minalm.tokenization.transfer import plan_transfer
@@ -165,9 +165,6 @@ def load_models(config: StudentConfig, student_length: int, seed: int) -> Models
     else:
         vocabulary, suffixes = new_vocabulary(config, teacher)
         model = new_student(config, teacher, vocabulary, suffixes is not None, seed)
-        if config.special_tokens == "change":
-            template = read_template(config.student_tokenizer)
-            generation_config = dataclasses.replace(generation_config, chat_template=template)
     if model.config.layers < 2:
         raise InputError(f"{config.student or config.teacher} has one layer: use a model of at least two")
     tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
@@ -303,6 +300,7 @@ class Texts:
     config: DataConfig
     training: Corpus
     held_out: Corpus | None
+    notes: Sequence[str]  # what a user should know of the chats, a sentence each
     student: Side
     teacher: Side | None
     seed: int
@@ -316,6 +314,11 @@ class Texts:
         """What the update after `step` others learns from."""
         return self.rows(self.training.batch(self.seed, step, self.config.batch_size))
 
+    def first_chat(self) -> Piece | None:
+        """The first piece of training text that is of a chat, if there is one among the first thousand."""
+        pieces = map(self.training.piece, range(min(len(self.training), 1000) if self.training.has_chats else 0))
+        return next((piece for piece in pieces if piece[0].content != Special("bos")), None)
+
     def held_out_batches(self, skip: int, count: int) -> Iterator[Batch]:
         """`count` rows of held-out text behind the first `skip`; the last batch is filled up with empty rows."""
         pieces = self.held_out.batch(0, 0, min(skip + count, len(self.held_out)))[skip:]
@@ -324,19 +327,21 @@ class Texts:
             yield self.rows(pieces[first : first + self.config.batch_size])
 
 
-def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh) -> Texts:
-    """Training and held-out text; all of it is read and checked. Raises InputError."""
+def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh, date: str) -> Texts:
+    """Training and held-out text; all of it is read and checked. `date` is what chat templates take for today.
+
+    Raises InputError.
+    """
     student, teacher = models.student, models.teacher
-    training = read_texts(config, config.data, "training", config.stdlib_fraction)
-    held_out = read_texts(config, config.held_out, "held_out", 1.0)
-    for corpus in (training, held_out):
-        for model in (student, teacher):
-            for part in corpus.chat_parts if corpus is not None and model is not None else ():
-                model.vocabulary.part_ids(part)  # raises if it cannot write that
+    vocabularies = student.vocabulary, (teacher or student).vocabulary
+    read_chat = ChatReader(*vocabularies, config.mask_prompt, date)
+    training = read_texts(config, config.data, "training", config.stdlib_fraction, read_chat)
+    held_out = read_texts(config, config.held_out, "held_out", 1.0, read_chat)
     return Texts(
         config=config,
         training=training,
         held_out=held_out,
+        notes=[f"{count:,} chats {note}" for note, count in read_chat.notes.items()],
         student=Side(student.vocabulary, student.suffixes, config.student_length),
         teacher=None if teacher is None else Side(teacher.vocabulary, teacher.suffixes, config.teacher_length),
         seed=seed,
@@ -345,11 +350,15 @@ def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh) -> Tex
 
 
 def read_texts(
-    config: DataConfig, files: tuple[Path, ...], split: Literal["training", "held_out"], fraction: float
+    config: DataConfig,
+    files: tuple[Path, ...],
+    split: Literal["training", "held_out"],
+    fraction: float,
+    read_chat: ChatReader,
 ) -> Corpus | None:
     """The documents of files or, where none are named, of the standard library if it is wanted. Raises InputError."""
     if files:
-        return read_corpus(files, config.piece_bytes, config.mask_prompt)
+        return read_corpus(files, config.piece_bytes, read_chat)
     return text_corpus(stdlib_documents(split, fraction), config.piece_bytes) if config.stdlib else None
 
 

@@ -9,24 +9,23 @@ import tempfile
 import unicodedata
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
 
 from minalm.errors import InputError
-from minalm.text.documents import ENDS, ROLES, Piece, Segment, Special, end_of
+from minalm.text.documents import Markup, Piece, Segment, Special
 from minalm.text.order import mix, permute
 
-# How many bytes of a piece's limit a special part counts as, whatever tokens stand for it. The most expensive known
-# cases are byte students of TinyLlama and OLMo 2: 14 tokens for an assistant's header (3 parts) and 2 for an end. Every
-# piece starts with bos or the start of a chat, and headers alternate with ends, so 4 for each part are enough. A
-# template that says more around a message (OLMo 3 after a system message) may fill a window before its piece ends.
+# How many bytes of a piece's limit a Special or a Markup of one word counts as, whatever tokens stand for it: 14 is the
+# most that a known tokenizer needs (TinyLlama's bytes for a header), and texts are between them. A Markup of several
+# words counts as its text is long.
 SPECIAL_BYTES = 4
 
 
@@ -42,17 +41,17 @@ LONG_LINE = 1 << 16  # bytes
 class Corpus:
     """Documents cut into pieces of at most `limit` bytes. The text of files stays on disk. Host only.
 
-    Positions in a document are counted in units: each byte of text is one unit, and so is each special part. The first
-    part of a document (bos or the start of a chat), which is repeated in each of its pieces, is not counted. Made by
-    `read_corpus` and `text_corpus`.
+    Positions in a document are counted in units: each byte of text is one unit, and so is each other segment. The first
+    segment of a document (bos, or of a chat without it an empty text), which is repeated in each of its pieces, is not
+    counted. Made by `read_corpus` and `text_corpus`.
     """
 
     sources: tuple[Path | bytes, ...]  # .txt or .jsonl files, or single documents as UTF-8
     stamps: tuple[tuple[int, int], ...]  # size in bytes and time of change in ns of each source, when read
-    mask_prompt: bool
+    read_chat: Callable[[Mapping[str, Any]], Piece] | None  # the document of a row with `messages`
     documents: Int64[np.ndarray, "documents 3"]  # source; offset and length in bytes, of the line in a .jsonl file
     pieces: Int64[np.ndarray, "pieces 3"]  # document; first unit and the one after the last, or bytes of `long`
-    chat_parts: frozenset[str]  # special parts in the chats; not every tokenizer can write them all
+    has_chats: bool
     long: bytes | mmap.mmap = b""  # pieces of documents on lines longer than LONG_LINE, each as JSON
 
     @cached_property
@@ -71,11 +70,6 @@ class Corpus:
         """The number of pieces."""
         return len(self.pieces)
 
-    @property
-    def has_chats(self) -> bool:
-        """Whether any document is a chat."""
-        return bool(self.chat_parts)
-
     def piece(self, index: int) -> Piece:
         """Piece `index`, in document order. Raises InputError if its file has changed since it was read."""
         document, start, stop = self.pieces[index].tolist()
@@ -92,7 +86,7 @@ class Corpus:
             if length > LONG_LINE:
                 return _read_piece(self.long[start:stop])
             file.seek(offset)
-            return next(_spans(_parse(file.read(length), self.mask_prompt), [(start, stop)]))
+            return next(_spans(_parse(file.read(length), self.read_chat), [(start, stop)]))
 
     def order(self, seed: int, step: int, size: int) -> Int64[np.ndarray, " size"]:
         """Indices of the pieces in batch `step`: a function of the arguments and `len(self)` alone.
@@ -110,14 +104,14 @@ class Corpus:
         return [self.piece(index) for index in self.order(seed, step, size).tolist()]
 
 
-def read_corpus(paths: Sequence[Path], limit: int, mask_prompt: bool = False) -> Corpus:
+def read_corpus(
+    paths: Sequence[Path], limit: int, read_chat: Callable[[Mapping[str, Any]], Piece] | None = None
+) -> Corpus:
     """Cut the documents in files, and in all .txt and .jsonl files below folders, into pieces of at most `limit` bytes.
 
     A .txt file is one document. Each line of a .jsonl file is one document: an object with either `text`, a string, or
-    `messages`, a list of objects with `role`, one of ROLES, and `content`, a string. Other keys, blank lines and
-    documents without any text are ignored. A plain text becomes bos + text + eos, and a chat start_of_chat followed by
-    (header_open, role, header_close, text, end) for each message. With `mask_prompt`, only the assistant's texts and
-    their ends count in the losses of a chat. A special part takes SPECIAL_BYTES of `limit`.
+    `messages`, which `read_chat` makes a document of (tokenization.chats). Other keys, blank lines and documents without
+    any text are ignored. A plain text becomes bos + text + eos. A Special takes SPECIAL_BYTES of `limit`.
 
     Everything is read and checked here, once. No more than one line of a .jsonl file is in memory at a time, and .txt
     files are only mapped. Pieces of documents on lines longer than LONG_LINE go to an unnamed temporary file. Raises
@@ -125,11 +119,11 @@ def read_corpus(paths: Sequence[Path], limit: int, mask_prompt: bool = False) ->
     """
     files = tuple(_files(paths))
     stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files))
-    documents = (document for source, path in enumerate(files) for document in _documents(source, path, mask_prompt))
+    documents = (document for source, path in enumerate(files) for document in _documents(source, path, read_chat))
     with tempfile.SpooledTemporaryFile(max_size=1) as store:  # makes no file unless something is written
         tables = _cut(documents, limit, store)
         long = mmap.mmap(store.fileno(), 0, access=mmap.ACCESS_READ) if store.tell() > 0 else b""
-    corpus = Corpus(files, stamps, mask_prompt, *tables, long)
+    corpus = Corpus(files, stamps, read_chat, *tables, long)
     if len(corpus) == 0:
         raise InputError(f"there is no text in {', '.join(map(str, paths))}: give .txt or .jsonl files that have some")
     return corpus
@@ -139,14 +133,14 @@ def text_corpus(texts: Iterable[str], limit: int) -> Corpus:
     """Plain text documents held in memory, cut as `read_corpus` does. Raises InputError if there is no text."""
     sources = tuple(text.encode() for text in texts)
     documents = ((index, 0, len(text), [text, Special("eos")], None) for index, text in enumerate(sources))
-    corpus = Corpus(sources, ((0, 0),) * len(sources), False, *_cut(documents, limit))
+    corpus = Corpus(sources, ((0, 0),) * len(sources), None, *_cut(documents, limit))
     if len(corpus) == 0:
         raise InputError("there is no text in the documents: give at least one that is not empty")
     return corpus
 
 
-# A document without its first part: its texts as UTF-8 (the text of a .txt file is the mapped file) and special parts.
-_Parts = list[bytes | mmap.mmap | Special]
+# A document without its first segment: its texts as UTF-8 (the text of a .txt file is the mapped file) and the rest.
+_Parts = list[bytes | mmap.mmap | Special | Markup]
 
 
 # Source, offset, length, parts, and the parsed document if its line is longer than LONG_LINE.
@@ -170,7 +164,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def _documents(source: int, path: Path, mask_prompt: bool) -> Iterator[_Document]:
+def _documents(source: int, path: Path, read_chat: Callable | None) -> Iterator[_Document]:
     with open(path, "rb") as file:
         if path.suffix == ".txt":
             try:
@@ -186,7 +180,7 @@ def _documents(source: int, path: Path, mask_prompt: bool) -> Iterator[_Document
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    document = _parse(line, mask_prompt)
+                    document = _parse(line, read_chat)
                 except InputError as error:
                     raise InputError(f"{path}, line {number}: {error}") from error
                 parts = [_encoded(segment) for segment in document[1:]]
@@ -194,8 +188,8 @@ def _documents(source: int, path: Path, mask_prompt: bool) -> Iterator[_Document
             offset += len(line)
 
 
-def _parse(line: bytes, mask_prompt: bool) -> Piece:
-    """The document on one line of a .jsonl file, including its first part."""
+def _parse(line: bytes, read_chat: Callable[[Mapping[str, Any]], Piece] | None) -> Piece:
+    """The document on one line of a .jsonl file, including its first segment."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -205,27 +199,10 @@ def _parse(line: bytes, mask_prompt: bool) -> Piece:
     if not isinstance(row, dict) or ("text" in row) == ("messages" in row):
         raise InputError("not an object with either `text` or `messages`: write one with exactly one of these keys")
     if "text" in row:
-        document = (Segment(Special("bos")), Segment(_checked(row["text"], "text")), Segment(Special("eos")))
-    else:
-        document = _chat(row["messages"], mask_prompt)
-    return document
-
-
-def _chat(messages: object, mask_prompt: bool) -> Piece:
-    if not isinstance(messages, list) or not messages:
-        raise InputError("`messages` is empty or not a list: write a list of objects with `role` and `content`")
-    segments = [Segment(Special("start_of_chat"), not mask_prompt)]
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise InputError("a message lacks `role` or `content`: give it both")
-        role = message["role"]
-        if role not in ROLES:
-            raise InputError(f"unknown role {role!r}: use one of {', '.join(ROLES)}")
-        segments += [Segment(Special(part), not mask_prompt) for part in ("header_open", role, "header_close")]
-        loss_mask = not mask_prompt or role == "assistant"
-        end = end_of(role, last=number == len(messages))
-        segments += [Segment(_checked(message["content"], "content"), loss_mask), Segment(end, loss_mask)]
-    return tuple(segments)
+        return Segment(Special("bos")), Segment(_checked(row["text"], "text")), Segment(Special("eos"))
+    if read_chat is None:
+        raise InputError("a chat, which cannot be read without a chat template: write `text`")
+    return read_chat(row)
 
 
 def _checked(text: object, key: str) -> str:
@@ -238,8 +215,8 @@ def _checked(text: object, key: str) -> str:
     return text
 
 
-def _encoded(segment: Segment) -> bytes | Special:
-    return segment.content if isinstance(segment.content, Special) else segment.content.encode()
+def _encoded(segment: Segment) -> bytes | Special | Markup:
+    return segment.content.encode() if isinstance(segment.content, str) else segment.content
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:
@@ -252,14 +229,14 @@ def _text_piece(text: bytes, ends: bool) -> Piece:
 
 
 def _spans(document: Piece, bounds: Iterable[tuple[int, int]]) -> Iterator[Piece]:
-    """For each (start, stop): the document's first part, then what lies in its units [start, stop)."""
+    """For each (start, stop): the document's first segment, then what lies in its units [start, stop)."""
     parts = [_encoded(segment) for segment in document[1:]]
     units = _units(parts)
     for start, stop in bounds:
         segments = [document[0]]
         for part in range(bisect_right(units, start) - 1, bisect_left(units, stop)):
             content, segment = parts[part], document[1 + part]
-            if isinstance(content, Special):
+            if isinstance(content, Special | Markup):
                 segments.append(segment)
             elif text := content[max(start - units[part], 0) : stop - units[part]]:
                 segments.append(segment._replace(content=text.decode()))
@@ -268,7 +245,7 @@ def _spans(document: Piece, bounds: Iterable[tuple[int, int]]) -> Iterator[Piece
 
 def _units(parts: _Parts) -> list[int]:
     """The unit at which each part starts, then the number of units."""
-    return list(accumulate((1 if isinstance(part, Special) else len(part) for part in parts), initial=0))
+    return list(accumulate((1 if isinstance(part, Special | Markup) else len(part) for part in parts), initial=0))
 
 
 def _write_pieces(store: BinaryIO, pieces: Iterable[Piece]) -> Iterator[tuple[int, int]]:
@@ -285,23 +262,26 @@ def _write_pieces(store: BinaryIO, pieces: Iterable[Piece]) -> Iterator[tuple[in
 
 def _read_piece(text: bytes) -> Piece:
     return tuple(
-        Segment(content if isinstance(content, str) else Special(*content), loss_mask)
+        Segment(content if isinstance(content, str) else _read_special(content), loss_mask)
         for content, loss_mask in json.loads(text)
     )
 
 
+def _read_special(values: list) -> Special | Markup:
+    return Special(*values) if isinstance(values[0], str) else Markup(*map(tuple, values))
+
+
 def _cut(
     documents: Iterable[_Document], limit: int, store: BinaryIO | None = None
-) -> tuple[Int64[np.ndarray, "documents 3"], Int64[np.ndarray, "pieces 3"], frozenset[str]]:
-    """The tables of a Corpus, and the special parts of its chats. Pieces of long documents go to `store`."""
+) -> tuple[Int64[np.ndarray, "documents 3"], Int64[np.ndarray, "pieces 3"], bool]:
+    """The tables of a Corpus, and whether there are chats. Pieces of long documents go to `store`."""
     if limit < SMALLEST_LIMIT:
         raise InputError(f"pieces of {limit} bytes are too short: allow at least {SMALLEST_LIMIT}")
     document_table, piece_table = array("q"), array("q")  # a tuple for each piece would take ten times the memory
-    number, chat_parts = 0, set()
+    number, has_chats = 0, False
     for source, offset, length, parts, long in documents:
-        if Special("header_open") in parts:
-            chat_parts |= {"start_of_chat", *(part.part for part in parts if isinstance(part, Special))}
-        if not any(len(part) for part in parts if not isinstance(part, Special)):
+        has_chats = has_chats or Special("eos") not in parts
+        if not any(len(part) for part in parts if not isinstance(part, Special | Markup)):
             continue
         document_table.extend((source, offset, length))
         bounds = pairwise(chain((0,), _stops(parts, limit - SPECIAL_BYTES)))
@@ -309,7 +289,7 @@ def _cut(
             piece_table.extend((number, start, stop))
         number += 1
     tables = (np.array(table, np.int64).reshape(-1, 3) for table in (document_table, piece_table))
-    return next(tables), next(tables), frozenset(chat_parts)
+    return next(tables), next(tables), has_chats
 
 
 def _stops(parts: _Parts, room: int) -> Iterator[int]:
@@ -325,21 +305,22 @@ def _stops(parts: _Parts, room: int) -> Iterator[int]:
 def _stop(parts: _Parts, part: int, place: int, room: int) -> tuple[int, int] | None:
     """Where the piece that starts at byte `place` of parts[`part`] ends: (part, byte in it), or None for the end.
 
-    A piece ends after the last line break or turn in the second half of its room. If there is none it ends before the
-    last space there, or else after the last turn or between two characters. It never ends beside any other special
-    part: a header stays with the start of its text, and the end of a text with its end part or eos.
+    A piece ends before the last message that begins in the second half of its room. If there is none it ends after the
+    last line break there, or else before the last space, or else before the last message or between two characters.
+    Otherwise it never ends beside what a tokenizer or a template writes: a header stays with the start of its text, and
+    the end of a text with its eos.
     """
-    line = space = character = None  # the last position of each kind so far
-    spent = 0
+    message = line = space = character = None  # the last position of each kind so far
+    first, spent = part, 0
     while part < len(parts):
         content = parts[part]
-        if isinstance(content, Special):
-            spent += SPECIAL_BYTES
+        if isinstance(content, Special | Markup):
+            if spent and isinstance(content, Markup) and _begins_message(parts, part):
+                character = part, 0
+                message = character if 2 * spent >= room else message
+            spent += _cost(content)
             if spent > room:
                 break
-            if content in ENDS:
-                character = part + 1, 0
-                line = character if 2 * spent >= room else line
         else:
             end = min(len(content), place + room - spent)
             half = place + max(1, (room + 1) // 2 - spent)
@@ -356,7 +337,27 @@ def _stop(parts: _Parts, part: int, place: int, room: int) -> tuple[int, int] | 
         part, place = part + 1, 0
     else:
         return None
-    return line or space or character
+    # A template may write more than a piece holds: that is a piece of its own.
+    return message or line or space or character or _beyond(parts, max(part, first + 1))
+
+
+def _beyond(parts: _Parts, part: int) -> tuple[int, int] | None:
+    return (part, 0) if part < len(parts) else None
+
+
+def _begins_message(parts: _Parts, part: int) -> bool:
+    """Whether nothing but white space is between parts[`part`] and a Markup before it: there a message ends."""
+    before = part - 1
+    while before >= 0 and not isinstance(parts[before], Special | Markup) and not parts[before].strip():
+        before -= 1
+    return before >= 0 and isinstance(parts[before], Markup)
+
+
+def _cost(content: Special | Markup) -> int:
+    """How much of a piece's limit it takes."""
+    if isinstance(content, Special) or max(map(len, content)) < 2:
+        return SPECIAL_BYTES
+    return max(SPECIAL_BYTES, *(len("".join(words).encode()) for words in content))
 
 
 def _between_characters(text: bytes | mmap.mmap, low: int, high: int) -> int | None:

@@ -20,22 +20,21 @@ class Alignment(NamedTuple):
 def align(student: Encoding, teacher: Encoding) -> Alignment:
     """Aligns two encodings of one piece of text, each maybe cut short. Both must spell the text.
 
-    A chunk ends where a token of each side ends. In no chunk are: tokens that do not count, tokens of a special part
-    for which the other side has none, and tokens after the last common end.
+    A chunk ends where a token of each side ends, and counts if any of its tokens counts on either side. In no chunk
+    are: tokens of a segment for which the other side writes nothing, and tokens after the last common end.
     """
-    student_kept, teacher_kept = _kept(student, teacher), _kept(teacher, student)
+    student_kept, teacher_kept = teacher.written[student.segment], student.written[teacher.segment]
     size = 2 + max(int(side.ends.max(initial=-1)) for side in (student, teacher))
     common = _places(student, student_kept, size) & _places(teacher, teacher_kept, size)
     student_chunk, student_chunk_end = _chunks(student, student_kept, common)
     teacher_chunk, teacher_chunk_end = _chunks(teacher, teacher_kept, common)
-    return Alignment(student_chunk, teacher_chunk, student_chunk_end, teacher_chunk_end)
 
-
-def _kept(one: Encoding, other: Encoding) -> Bool[np.ndarray, " time"]:
-    """Which tokens count and belong to a segment that the other side has tokens for."""
-    has = np.zeros(1 + max(one.segment.max(initial=-1), other.segment.max(initial=-1)), bool)
-    has[other.segment] = True
-    return one.loss_mask & has[one.segment]
+    counts = np.zeros(len(student_chunk_end) + 1, bool)  # the last place is that of no chunk
+    for side, chunk in ((student, student_chunk), (teacher, teacher_chunk)):
+        counts[chunk[side.loss_mask]] = True
+    number = np.where(counts, np.cumsum(counts, dtype=np.int32) - 1, -1).astype(np.int32)
+    counts, number[-1] = counts[:-1], -1
+    return Alignment(number[student_chunk], number[teacher_chunk], student_chunk_end[counts], teacher_chunk_end[counts])
 
 
 def _places(side: Encoding, kept: Bool[np.ndarray, " time"], size: int) -> Bool[np.ndarray, " axis"]:
@@ -49,6 +48,7 @@ def _places(side: Encoding, kept: Bool[np.ndarray, " time"], size: int) -> Bool[
 def _chunks(
     side: Encoding, kept: Bool[np.ndarray, " time"], common: Bool[np.ndarray, " axis"]
 ) -> tuple[Int32[np.ndarray, " time"], Int64[np.ndarray, " chunk"]]:
+    """The chunk of each token, -1 where there is none, and the last token of each chunk."""
     closes = kept & common[side.ends]
     chunk = np.cumsum(closes, dtype=np.int32) - closes
     chunk_end = np.flatnonzero(closes)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +10,42 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 
 from minalm.errors import InputError
-from minalm.tokenization.chat_table import own_parts, template_of
+from minalm.tokenization.chat_template import SpecialTokens, read_chat_template, repeats
+from minalm.tokenization.special_tokens import declared, prefixes, read_object, steps
 from minalm.tokenization.vocabulary import META, Vocabulary
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a tokenizer.json, or of its folder; tokenizer_config.json beside it names bos, eos and pad.
+    """The vocabulary of a tokenizer.json, or of its folder, whose other files name the special tokens.
 
-    Special tokens are the added tokens marked `special`; the others are ordinary text. The chat template is that of the
-    family whose special tokens the tokenizer has (Llama 3, Gemma, Qwen, SmolLM2), unless the checkpoint brings one that
-    writes turns in another way (OLMo has Qwen's special tokens); of other tokenizers it is what the checkpoint brings.
-    One that cannot be read is no error before a chat is to be written: `refusal` says then what is wrong.
+    Special tokens are the added tokens marked `special` and those that are named (special_tokens.py); other added tokens
+    are ordinary text. The chat template is the one of the folder (chat_template.py).
 
-    Raises InputError if there is no such file, or if the tokenizer spells neither bytes (byte-level BPE) nor has
-    `<0xNN>` tokens to fall back on.
+    Raises InputError if there is no such file, if a special token is named that does not exist, or if the tokenizer
+    spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
     try:
-        spec = json.loads(file.read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(
             f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
         ) from error
-    if changed := _without_prefix_space(spec):
-        continuing = Tokenizer.from_str(json.dumps(changed))
-    else:
-        continuing = None
+    spec, changed, names, stops = declared(file, found)
+    if changed:
+        tokenizer = Tokenizer.from_str(json.dumps(spec))
+    bare = _without_prefix_space(spec)
+    continuing = None if bare is None else Tokenizer.from_str(json.dumps(bare))
     for each in filter(None, (tokenizer, continuing)):
         each.no_truncation()
         each.no_padding()
         each.encode_special_tokens = True  # text that looks like a special token stays text
 
-    config_file = file.with_name("tokenizer_config.json")
-    try:
-        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        names = {part: _token_name(config.get(f"{part}_token")) for part in ("bos", "eos", "pad")}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{config_file} is no tokenizer configuration: take it from the original model") from error
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or [] if token["special"]}
+    added = [token for token in spec.get("added_tokens") or [] if token["special"]]
+    special = {token["content"]: token["id"] for token in added}
     token_bytes, fallback = _token_bytes(spec, tokenizer.get_vocab(with_added_tokens=True))
     for word, i in special.items():
         if i >= len(token_bytes):  # the library closes holes, and gives the token another id than the file says
@@ -62,23 +56,29 @@ def load_vocabulary(path: Path) -> Vocabulary:
             f"{file} cannot spell every text (it has no token for byte 0x{min(missing).hex()}): "
             "use a byte-level tokenizer or one with byte fallback"
         )
-    normalizer = _unicode_normalizer(spec.get("normalizer"))
-    try:
-        own, refusal = own_parts(file.parent, names, special), ""
-    except InputError as error:
-        own, refusal = None, str(error)
-    template = template_of(special, names, own)
-    asked = config.get("add_bos_token")  # where tokenizer_config.json says it, the post-processor does not matter
-    adds_bos = asked if isinstance(asked, bool) else prefixes(spec)[:1] == list(template["bos"])
-    values = str(path), tokenizer, normalizer, fallback, tuple(token_bytes), special, template
-    return Vocabulary(*values, continuing, adds_bos and template["bos"] != (), refusal)
-
-
-def prefixes(spec: Mapping[str, Any]) -> list[str]:
-    """The special tokens that the post-processor of a tokenizer.json puts before a text."""
-    steps = _steps(spec.get("post_processor"), "processors")
-    parts = [part for step in steps if step["type"] == "TemplateProcessing" for part in step["single"]]
-    return [part["SpecialToken"]["id"] for part in takewhile(lambda part: "SpecialToken" in part, parts)]
+    strips = {t["content"]: (t["lstrip"], t["rstrip"]) for t in added if t["lstrip"] or t["rstrip"]}
+    template = read_chat_template(file.parent, names, special)
+    bos = [names["bos_token"]] if "bos_token" in names else []
+    asked = read_object(file.with_name("tokenizer_config.json")).get("add_bos_token")
+    adds_bos = asked if isinstance(asked, bool) else prefixes(spec)[:1] == bos
+    if bos and not adds_bos and template is not None and repeats(template, bos[0], SpecialTokens.of(special, strips)):
+        names = {name: word for name, word in names.items() if name != "bos_token"}  # it opens messages (SmolLM2)
+        bos = []
+    return Vocabulary(
+        name=str(path),
+        tokenizer=tokenizer,
+        normalizer=_unicode_normalizer(spec.get("normalizer")),
+        fallback=fallback,
+        token_bytes=tuple(token_bytes),
+        special=special,
+        names=names,
+        stops=stops,
+        chat_template=template,
+        strips=strips,
+        continuing=continuing,
+        spaces_each=_spaces_each(spec),
+        adds_bos=adds_bos and bos != [],
+    )
 
 
 # A byte-level BPE writes each byte as one printable character: itself where it is printable, else one from U+0100 on
@@ -120,21 +120,13 @@ def _from_byte_level(token: str) -> bytes:
         return b""
 
 
-def _steps(spec: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or post-processor, also where there is one, none, or lists in lists."""
-    steps = [spec] if spec else []
-    while any(step["type"] == "Sequence" for step in steps):
-        steps = [part for step in steps for part in step.get(key, [step])]
-    return steps
-
-
 def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any] | None:
     """A tokenizer.json that puts no space before a text, but is the same otherwise; None if it is so already."""
-    steps = _steps(spec.get("normalizer"), "normalizers")
-    kept = [step for step in steps if step["type"] != "Prepend"]
-    splits = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    normalizers = steps(spec.get("normalizer"), "normalizers")
+    kept = [step for step in normalizers if step["type"] != "Prepend"]
+    splits = steps(spec.get("pre_tokenizer"), "pretokenizers")
     bare = [step | _NO_SPACE.get(step["type"], {}) for step in splits]
-    if kept == steps and bare == splits:
+    if kept == normalizers and bare == splits:
         return None
     normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
     pre_tokenizer = {"type": "Sequence", "pretokenizers": bare} if bare else None
@@ -144,23 +136,28 @@ def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any] | None:
 _NO_SPACE = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
 
 
+def _spaces_each(spec: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer puts its space before the text behind every special token, and not the first alone."""
+    prepends = any(step["type"] == "Prepend" for step in steps(spec.get("normalizer"), "normalizers"))
+    splits = steps(spec.get("pre_tokenizer"), "pretokenizers")
+    return prepends or any(
+        step["type"] == "ByteLevel"
+        and step.get("add_prefix_space", True)
+        or step["type"] == "Metaspace"
+        and step.get("prepend_scheme", "always") == "always"
+        for step in splits
+    )
+
+
 def _unicode_normalizer(spec: dict | None) -> Normalizer | None:
     """What of a tokenizer.json's normalizer acts on the text; the rest belongs to how tokens spell bytes."""
-    steps = _steps(spec, "normalizers")
     spells = ("Prepend", "ByteLevel")
-    steps = [s for s in steps if s["type"] not in spells and not (s["type"] == "Replace" and META in s["content"])]
-    if not steps:
+    kept = [s for s in steps(spec, "normalizers") if s["type"] not in spells]
+    kept = [s for s in kept if not (s["type"] == "Replace" and META in s["content"])]
+    if not kept:
         return None
-    model, normalizer = {"type": "BPE", "vocab": {}, "merges": []}, {"type": "Sequence", "normalizers": steps}
+    model, normalizer = {"type": "BPE", "vocab": {}, "merges": []}, {"type": "Sequence", "normalizers": kept}
     return Tokenizer.from_str(json.dumps({"model": model, "normalizer": normalizer})).normalizer
-
-
-def _token_name(token: str | dict | None) -> str | None:
-    """tokenizer_config.json gives a special token as its string, or as an object that holds it."""
-    name = token["content"] if isinstance(token, dict) else token
-    if not isinstance(name, str | None):
-        raise TypeError
-    return name
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -179,15 +176,15 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "id": i,
             "content": word,
             "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
+            "lstrip": vocabulary.strips.get(word, (False, False))[0],
+            "rstrip": vocabulary.strips.get(word, (False, False))[1],
             "normalized": False,
             "special": True,
         }
         for word, i in sorted(vocabulary.special.items(), key=lambda item: item[1])
         if i not in present
     ]
-    bos = list(vocabulary.template.get("bos", ())) if vocabulary.adds_bos else []
+    bos = [vocabulary.names["bos_token"]] if vocabulary.adds_bos else []
     if prefixes(spec) != bos:
         spec["post_processor"] = _bos_processor(bos, vocabulary) if bos else None
     try:

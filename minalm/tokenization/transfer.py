@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
 
 from minalm.text.documents import Segment
+from minalm.tokenization.chat_template import special_token_places
 from minalm.tokenization.vocabulary import Vocabulary
 
 _BLOCK = 4096  # rows averaged at a time: what is gathered for all rows at once would be several times the table
@@ -42,13 +43,14 @@ def plan_transfer(old: Vocabulary, new: Vocabulary) -> TransferPlan:
     A token of text takes the old one of the same bytes (where a piece of text and a byte-fallback token have the same,
     the piece of text), or all that the old tokenizer splits it into. What it cannot be asked about, because the token
     is not UTF-8 or because the answer spells something else (a normalizer, a prefix space), is split from the left
-    into the longest old tokens. A special token takes the one of the same string, else what stands in its place in the
-    old chat template. Ids that are left, such as reserved special tokens and bytes that the old vocabulary lacks, get
+    into the longest old tokens. A special token takes the one of the same string, else what stands in its place in a
+    chat as the old template writes it. Ids that are left, such as reserved special tokens and bytes that the old vocabulary lacks, get
     none.
     """
     by_bytes = _text_ids(old)
     by_string = {word.encode(): i for word, i in old.special.items()}
     special = {i: word for word, i in new.special.items()}
+    counterparts = _counterparts(old, new)
     rows: list[list[int]] = [[] for _ in range(new.size)]
     unknown = []
     for i, token in enumerate(new.token_bytes):
@@ -60,7 +62,7 @@ def plan_transfer(old: Vocabulary, new: Vocabulary) -> TransferPlan:
         elif token:
             unknown.append(i)
         elif i in special:
-            rows[i] = _in_template(special[i], old, new)
+            rows[i] = [old.special[counterparts[special[i]]]] if special[i] in counterparts else []
     for i, ids in zip(unknown, _split([new.token_bytes[i] for i in unknown], old, by_bytes), strict=True):
         rows[i] = ids
     start = np.cumsum([0, *map(len, rows)], dtype=np.int64)
@@ -124,13 +126,14 @@ def _is_fallback(vocabulary: Vocabulary, i: int) -> bool:
     )
 
 
-def _in_template(word: str, old: Vocabulary, new: Vocabulary) -> list[int]:
-    """What the old template has in the place of a new special token: its first special token, else all it has."""
-    for part, words in new.template.items():
-        if word in words and old.template.get(part):
-            special = [old.special[other] for other in old.template[part] if other in old.special]
-            return special[:1] or list(old.part_ids(part))
-    return []
+def _counterparts(old: Vocabulary, new: Vocabulary) -> dict[str, str]:
+    """What of the old special tokens does what a new one does: bos, eos, pad, or stands in its place in a chat."""
+    pairs = {new.named(part): old.named(part) for part in ("pad", "eos", "bos") if old.named(part)}
+    if old.chat_template is not None and new.chat_template is not None:
+        ours, theirs = (special_token_places(side.chat_template, side.special_tokens) for side in (new, old))
+        places = {word: theirs[place] for place, word in reversed(ours.items()) if place[0] and place in theirs}
+        pairs = places | {word: places.get(word, other) for word, other in pairs.items()}
+    return pairs
 
 
 def _split(tokens: list[bytes], old: Vocabulary, by_bytes: dict[bytes, int]) -> list[list[int]]:
