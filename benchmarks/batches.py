@@ -2,6 +2,8 @@
 
     python benchmarks/batches.py [--batches 12] [--rounds 3]        (RAYON_NUM_THREADS=1 for one thread)
 
+"rendering" is the milliseconds that the chat template takes for a batch, which a run pays too if its texts are chats.
+
 Batches of 32 two-turn chats of 1.7 to 2.5 kB: one third standard-library sources, one third `pydoc_data/topics.py`,
 one third multilingual (the translations of vim's tutor and gnupg's help files, from Debian's packages). The tokenizers
 are real, see tests/real_tokenizers.py, and new to the texts of every batch, for they cache words.
@@ -17,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from tokenizers import Tokenizer
@@ -25,7 +28,7 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "te
 from real_tokenizers import real_tokenizer
 
 from minalm.batches import Side, make_batch
-from minalm.text.documents import Piece, Segment, Special
+from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.suffixes import longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.vocabulary import byte_vocabulary, with_special_tokens
@@ -57,7 +60,7 @@ def multilingual() -> str:
     return "\n".join(file.read_text("utf-8") for file in sorted(tests.glob("*-utf8.txt"))) * 20
 
 
-def chats(number: int) -> list[list[Piece]]:
+def chats(number: int) -> list[list[dict[str, Any]]]:
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     kinds = [
         "\n".join(source.read_text("utf-8", "replace") for source in sources).encode(),
@@ -66,15 +69,13 @@ def chats(number: int) -> list[list[Piece]]:
     ]
     draw = random.Random(0)
 
-    def chat(kind: bytes) -> Piece:
+    def chat(kind: bytes) -> dict[str, Any]:
         size = draw.randint(1700, 2500)
         start = draw.randrange(len(kind) - size)
         text = kind[start : start + size].decode(errors="ignore")
         middle = draw.randint(len(text) // 4, len(text) // 2)
-        parts: list[str | Special] = [Special("bos")]
-        for role, turn in (("user", text[:middle]), ("assistant", text[middle:])):
-            parts += [Special("header_open"), Special(role), Special("header_close"), turn, Special("end_of_turn")]
-        return tuple(Segment(part) for part in parts)
+        turns = (("user", text[:middle]), ("assistant", text[middle:]))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
     return [[chat(kinds[row % 3]) for row in range(ROWS)] for _ in range(number)]
 
@@ -85,15 +86,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with tokenizers that have seen no text")
     options = parser.parse_args()
     batches = chats(options.batches)
-    size = sum(len(s.content.encode()) for b in batches for piece in b for s in piece if isinstance(s.content, str))
+    texts = [[message["content"] for row in batch for message in row["messages"]] for batch in batches]
+    size = sum(len(text.encode()) for batch in texts for text in batch)
     print(f"{len(batches)} batches of {ROWS} chats, {size / len(batches) / ROWS:.0f} bytes of text each\n")
     print(
         f"{'pair':18}{'texts/s':>9}{'library':>9}{'ratio':>7}   (best; medians) {'ms/batch':>9}{'library':>9}", end=""
     )
-    print(f"{'ratio':>7}{'bytes/batch':>13}{'left out':>10}{'set-up s':>10}")
+    print(f"{'ratio':>7}{'rendering':>11}{'bytes/batch':>13}{'left out':>10}{'set-up s':>10}")
     for name, (teacher_name, student_name, student_length, teacher_length) in PAIRS.items():
         paths = {key: real_tokenizer(key) for key in (teacher_name, student_name) if key}
-        ours, library, setup = [], [], []
+        ours, library, setup, rendering = [], [], [], []
         for _ in range(options.rounds):
             start = time.perf_counter()
             teacher = load_vocabulary(paths[teacher_name])
@@ -108,10 +110,14 @@ def main() -> None:
 
             alone = Tokenizer.from_file(str(paths[teacher_name] / "tokenizer.json"))
             left_out = 0
-            for pieces in batches:  # in turn, so that both meet the same load of the machine
-                texts = [segment.content for piece in pieces for segment in piece if isinstance(segment.content, str)]
+            read_chat = ChatReader(student, teacher, False, "2026-01-01")
+            read_chat(batches[0][0])
+            for rows, contents in zip(batches, texts):  # in turn, so that both meet the same load of the machine
                 start = time.perf_counter()
-                alone.encode_batch_fast(texts, add_special_tokens=False)
+                pieces = [read_chat(row) for row in rows]
+                rendering.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                alone.encode_batch_fast(contents, add_special_tokens=False)
                 library.append(time.perf_counter() - start)
                 start = time.perf_counter()
                 batch = make_batch(pieces, *sides)
@@ -121,7 +127,9 @@ def main() -> None:
         best, fastest = min(ours), min(library)
         middle, usual = statistics.median(ours), statistics.median(library)
         print(f"{name:18}{ROWS / best:9.0f}{ROWS / fastest:9.0f}{fastest / best:7.2f}{1e3 * middle:28.1f}", end="")
-        print(f"{1e3 * usual:9.1f}{usual / middle:7.2f}{size:13,}{left_out:10}{min(setup):10.2f}")
+        print(
+            f"{1e3 * usual:9.1f}{usual / middle:7.2f}{1e3 * statistics.median(rendering):11.1f}{size:13,}{left_out:10}{min(setup):10.2f}"
+        )
 
 
 if __name__ == "__main__":

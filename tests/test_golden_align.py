@@ -32,6 +32,7 @@ BREAKS = "a newline, which spells a special part of Gemma, was split off runs of
 BLANK = "a blank line, which spells a special part of Llama 3, became one token of the byte vocabulary: ours are bytes"
 SPECIAL = "text that looks like a special token, or like a word of the template, became one: ours stays text"
 COMPOSED = "Qwen's normalizer (NFC) was left out: ours acts on the text that both sides read"
+JOINED = "the text of a message was read apart from its header: ours are the tokens of the whole chat"
 DIFFERENT = {
     (GEMMA, "leading_spaces_long"): ({"expanded"}, LONG),
     (GEMMA, "code_indent_runs"): ({"expanded"}, LONG),
@@ -45,6 +46,9 @@ DIFFERENT = {
     (LLAMA, "japanese_prose"): ({"student ids", "student chunks", "expanded"}, f"{BLANK}; {LONG}"),
     (LLAMA, "russian_prose"): ({"student ids", "student chunks", "expanded"}, f"{BLANK}; {LONG}"),
     (LLAMA, "looks_special"): (IDS | {"student ids", "expanded"}, SPECIAL),
+    (GEMMA, "chat_leading_space_content"): (IDS, JOINED),
+    (LLAMA, "chat_leading_space_content"): (IDS, JOINED),
+    (QWEN, "chat_leading_space_content"): (IDS | {"student ids"}, JOINED),
     (QWEN, "looks_special"): (IDS | {"student ids"}, SPECIAL),
     (QWEN, "combining"): (IDS | {"student ids"}, COMPOSED),
 }

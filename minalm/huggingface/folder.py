@@ -15,7 +15,7 @@ from minalm.huggingface.weights import LazyTensor
 from minalm.models import transformer
 from minalm.models.config import ModelConfig
 from minalm.models.transformer import Transformer
-from minalm.tokenization.special_tokens import NAMES
+from minalm.tokenization.special_tokens import NAMES, REQUIRED
 from minalm.tokenization.suffixes import LongestSuffix, read_expansion, write_expansion
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
 from minalm.tokenization.vocabulary import Vocabulary
@@ -162,6 +162,7 @@ def _tokenizer_config(vocabulary: Vocabulary, generation_config: GenerationConfi
     }
     template = vocabulary.chat_template
     named = {**(template.names if template is not None else {}), **vocabulary.names}
+    config |= dict.fromkeys(REQUIRED)  # null: there is none, and none is to be guessed
     config |= {name: named[name] for name in NAMES if named.get(name) in vocabulary.special}
     if template is not None:
         several = [{"name": name, "template": source} for name, source in template.sources.items()]

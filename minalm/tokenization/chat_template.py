@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,10 +119,10 @@ class SpecialTokens(NamedTuple):
         return found if found in self.words else found.strip()
 
 
-def special_tokens_of(template: ChatTemplate, special: SpecialTokens) -> set[str]:
-    """The special tokens that a template writes, as far as its source and a few chats show."""
-    literal = {word for word in special.words if any(word in source for source in template.sources.values())}
-    return literal | {word for written in probe(template) for word in special.split(written)[1::2]}
+def special_tokens_of(template: ChatTemplate, special: SpecialTokens) -> list[str]:
+    """The special tokens that a template writes, as far as a few chats show, in their order, and its source."""
+    literal = sorted(word for word in special.words if any(word in source for source in template.sources.values()))
+    return list(dict.fromkeys([*(w for written in probe(template) for w in special.split(written)[1::2]), *literal]))
 
 
 def repeats(template: ChatTemplate, word: str, special: SpecialTokens) -> bool:
@@ -236,9 +237,9 @@ atexit.register(_worker.close)
 
 
 def private_characters(count: int, values: Any) -> list[str]:
-    """Characters without a meaning that appear nowhere in some JSON values, not even escaped."""
-    text = json.dumps(values, ensure_ascii=False) + json.dumps(values)
-    free = [mark for mark in PRIVATE if mark not in text and json.dumps(mark)[1:-1] not in text.lower()]
+    """Characters without a meaning that appear nowhere in some JSON values, not even escaped. Raises InputError."""
+    text = json.dumps(values)  # which escapes them
+    free = list(islice((mark for mark in PRIVATE if json.dumps(mark)[1:-1] not in text), count))
     if len(free) < count:
         raise InputError("a chat uses all of Unicode's first private characters (U+E000 to U+E0FF): leave it out")
-    return free[:count]
+    return free

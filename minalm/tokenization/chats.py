@@ -434,6 +434,10 @@ def _joined(
 
 def _stretches(chat: _Chat, text: str, counts: Bool[np.ndarray, " characters"], start: int, stop: int) -> list[Segment]:
     """text[start:stop] as segments, one for each stretch that counts or does not."""
+    inner = counts[start:stop]
+    if inner.all() or not inner.any():
+        content = chat.restored(text[start:stop])
+        return [Segment(content, bool(inner.all()))] if content else []
     cuts = [start, *(np.flatnonzero(np.diff(counts[start:stop])) + start + 1).tolist(), stop]
     found = [Segment(chat.restored(text[a:b]), bool(counts[a])) for a, b in zip(cuts, cuts[1:]) if a < b]
     return [segment for segment in found if segment.content]

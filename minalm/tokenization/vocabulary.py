@@ -125,11 +125,10 @@ class Vocabulary:
 
     @cached_property
     def template_special(self) -> tuple[str, ...]:
-        """The special tokens of the chat template with bos, eos, pad and the stops, in the order of their ids."""
-        words = {self.named(part) for part in ("bos", "eos", "pad")} | set(self.stops)
-        if self.chat_template is not None:
-            words |= special_tokens_of(self.chat_template, self.special_tokens)
-        return tuple(word for word in sorted(self.special, key=self.special.__getitem__) if word in words)
+        """The special tokens that are used: bos, those of the chat template in its order, eos, pad, the stops."""
+        template = [] if self.chat_template is None else special_tokens_of(self.chat_template, self.special_tokens)
+        words = [self.named("bos"), *template, self.named("eos"), self.named("pad"), *self.stops]
+        return tuple(word for word in dict.fromkeys(words) if word in self.special)
 
     @cached_property
     def id_of_bytes(self) -> dict[bytes, int]:
