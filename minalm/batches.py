@@ -35,9 +35,7 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
     log-probability, and so neither has a chunk that contains it on either side: the chunk keeps its place in
     `student_chunk_end` and `teacher_chunk_end`, but no target belongs to it.
     """
-    for side in (teacher, student):
-        if side is not None and side.vocabulary.normalizer is not None:
-            pieces = [_normalized(piece, side.vocabulary) for piece in pieces]
+    pieces = _all_normalized(pieces, student, teacher)
     ours = student.vocabulary.encode(pieces)
     theirs = ours if teacher is None else teacher.vocabulary.encode(pieces, "teacher")
     usable = [our.round_trips and their.round_trips for our, their in zip(ours, theirs)]
@@ -48,6 +46,18 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
         chunks=_chunks(ours, theirs, student, teacher or student),
         left_out=~np.array(usable, bool),
     )
+
+
+def why_left_out(piece: Piece, student: Side, teacher: Side | None) -> str:
+    """Where the first of the two tokenizers that do not spell a piece exactly goes wrong; "" if both spell it."""
+    (piece,) = _all_normalized([piece], student, teacher)
+    for side, name in ((student, "student"), (teacher, "teacher")):
+        if side is not None and not side.vocabulary.encode([piece], name)[0].round_trips:
+            text, tokens = side.vocabulary.spelled(piece, name)
+            place = next((n for n, (a, b) in enumerate(zip(text, tokens)) if a != b), min(len(text), len(tokens)))
+            shown = [part[max(0, place - 10) : place + 20].decode(errors="replace") for part in (text, tokens)]
+            return f"where the text has {shown[0]!r}, the tokens of {side.vocabulary.name} spell {shown[1]!r}"
+    return ""
 
 
 def read_ahead(make: Callable[[int], T], start: int, ahead: int = 2) -> Generator[T, None, None]:
@@ -65,6 +75,14 @@ def read_ahead(make: Callable[[int], T], start: int, ahead: int = 2) -> Generato
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _all_normalized(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Sequence[Piece]:
+    """Pieces whose texts are normalized as both sides do."""
+    for side in (teacher, student):
+        if side is not None and side.vocabulary.normalizer is not None:
+            pieces = [_normalized(piece, side.vocabulary) for piece in pieces]
+    return pieces
 
 
 def _normalized(piece: Piece, vocabulary: Vocabulary) -> Piece:

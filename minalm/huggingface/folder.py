@@ -132,6 +132,9 @@ def load_vocabularies(folder: Path) -> tuple[Vocabulary, LongestSuffix | None]:
             # The tokenizer only spells bytes. A published model also has ids for words of its headers, not of texts.
             vocabulary = dataclasses.replace(vocabulary, tokenizer=None, special=added)
     config = weights.read_config(folder / "config.json")
+    if max(vocabulary.part_ids("pad"), default=0) >= config.vocab_size:  # nothing reads it: another filler will do
+        names = {name: word for name, word in vocabulary.names.items() if name != "pad_token"}
+        vocabulary = dataclasses.replace(vocabulary, names=names)
     if config.expansion_size is None:
         return vocabulary, None
     if vocabulary.tokenizer is not None:

@@ -23,7 +23,11 @@ from minalm.models.config import ModelConfig
 from minalm.models.transformer import Transformer, abstract, from_leaves, leaves
 
 BLOCK = 4096  # rows of a tensor compared or converted at a time
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja")  # what is fetched of a model of the hub
+HUB_FILES = ("*.json", "*.jinja")  # what is fetched of a model of the hub, beside its tensors
+IGNORED = re.compile(  # tensors that transformers ignores too: buffers of old versions, which follow from config.json
+    r".*\brotary_emb\.(inv_freq|cos_cached|sin_cached)"
+)
+INDEX = "model.safetensors.index.json"
 STORED_DTYPES = {"BF16": DTYPES["bfloat16"], "F16": np.dtype(np.float16), "F32": DTYPES["float32"]}
 
 
@@ -107,7 +111,14 @@ def find(name: Path | str) -> Path:
     from huggingface_hub import snapshot_download  # half a second of import time that a folder need not pay
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        folder = Path(snapshot_download(str(name), allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        try:
+            tensors = sorted(set(_listed(folder / INDEX).values()))
+        except InputError:  # there is no index, or it is damaged, as `read` will say
+            tensors = ["model*.safetensors"]
+        # Of the same commit, whose name the folder has; other forms of the weights are left where they are.
+        files = [*HUB_FILES, *tensors]
+        return Path(snapshot_download(str(name), revision=folder.name, allow_patterns=files, ignore_patterns="*/*"))
     except Exception as error:  # the hub, its client and the network raise whatever they raise, at the length of a page
         raise InputError(
             f"{name} is no folder here, and the Hugging Face hub did not give it ({type(error).__name__}): "
@@ -119,10 +130,10 @@ def read(folder: Path) -> Transformer:
     """The model of a Hugging Face folder, its leaves `LazyTensor`s: everything is checked, no weights are held.
 
     Raises InputError for a folder that is incomplete, damaged, or needs what is not implemented. A tied model may hold
-    its unembedding a second time, if both are equal.
+    its table under the name of either, or both if they are equal.
     """
     family, config = parse_config(str(folder / "config.json"), read_json(folder / "config.json"))
-    wanted, tensors = tensor_maps(family, config), _tensors(folder)
+    wanted, tensors = tensor_maps(family, config), _named(_tensors(folder), config.tied)
     tied_twice = config.tied and "lm_head.weight" in tensors
     if tied_twice:
         wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
@@ -240,21 +251,14 @@ def write_part(file: Path, arrays: Mapping[str, Any], names: Mapping[str, Tensor
 
 def _tensors(folder: Path) -> dict[str, Any]:
     """Name of each tensor of a folder -> safetensors' handle, which reads slices of it."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.exists() and index.exists():
         raise InputError(f"{folder} holds model.safetensors and model.safetensors.index.json: remove one of them")
     if single.exists():
         return _open(single)
     if not index.exists():
         raise InputError(f"{folder} has no model.safetensors: convert its weights to safetensors")
-    listed = read_json(index)
-    listed = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(listed, dict) or not all(
-        isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in listed.values()
-    ):
-        raise InputError(
-            f"{index} has no 'weight_map' of tensors to safetensors files: take it from the original model"
-        )
+    listed = _listed(index)
     result = {}
     for file in sorted(set(listed.values())):
         held = _open(folder / file)
@@ -272,11 +276,37 @@ def _tensors(folder: Path) -> dict[str, Any]:
     return result
 
 
+def _named(tensors: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """The tensors under the names that a whole model has: a model without its head is saved without "model.", and a
+    tied table may stand under the output's name alone. Those that mean nothing are left out."""
+    named = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
+    if "embed_tokens.weight" in named:
+        named = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in named.items()}
+    if tied and "lm_head.weight" in named and "model.embed_tokens.weight" not in named:
+        named["model.embed_tokens.weight"] = named.pop("lm_head.weight")
+    return named
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says. Raises InputError."""
+    listed = read_json(index)
+    listed = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(listed, dict) or not all(
+        isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in listed.values()
+    ):
+        raise InputError(
+            f"{index} has no 'weight_map' of tensors to safetensors files: take it from the original model"
+        )
+    return listed
+
+
 def _open(file: Path) -> dict[str, Any]:
-    """The handles of a file's tensors. They keep the file open."""
+    """The handles of a file's tensors. They keep the file open. A tensor that is shared is under each of its names."""
     try:
         with safe_open(file, framework="numpy") as opened:
             tensors = {name: opened.get_slice(name) for name in opened.keys()}
+            shared = opened.metadata() or {}  # where one tensor is saved for several: name -> the one that is there
+            tensors |= {n: tensors[kept] for n, kept in shared.items() if n not in tensors and kept in tensors}
     except FileNotFoundError as error:
         raise InputError(f"{file} is missing: fetch all files of the model") from error
     except (SafetensorError, OSError) as error:
@@ -354,7 +384,7 @@ def _write_shards(
         write_part(folder / file, arrays, {name: names[name] for name in held}, dtype)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_bytes(_json(index))
+        (folder / INDEX).write_bytes(_json(index))
 
 
 def _fetch(array: Any, tensor_map: TensorMap) -> Shaped[np.ndarray, "..."]:

@@ -5,8 +5,11 @@ come from the run's inputs or its folder again, and the data are a function of (
 """
 
 import functools
+import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +93,22 @@ def restore(folder: Path, like: Mapping[str, PyTree], step: int | None = None) -
         try:
             return dict(manager.restore(step, args=ocp.args.Composite(**args)))
         except Exception as error:  # Orbax raises whatever its parts raise, at the length of a page
+            _say_nothing_of_late_reads()
             raise InputError(
                 f"the checkpoint {folder / str(step)} is damaged or of another run: "
                 "remove it, or start under another --out"
             ) from error
+
+
+def _say_nothing_of_late_reads() -> None:
+    """Where a read fails, TensorStore's threads go on with the others, and each finds the event loop closed in which Orbax
+    waited. Python shows that at `sys.unraisablehook`: a traceback for each, behind the sentence that says why. Of reads
+    that fail too, asyncio logs that nobody asked for their errors."""
+    logging.getLogger("asyncio").disabled = True
+    show = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
+            show(raised)
+
+    sys.unraisablehook = hook

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from minalm.batches import Side, make_batch
+from minalm.batches import Side, make_batch, why_left_out
 from minalm.distill.losses import LOSSES, LossConfig
 from minalm.errors import InputError, check_at_least, flag
 from minalm.huggingface import weights
@@ -38,6 +38,7 @@ from minalm.tokenization.transfer import plan_transfer
 from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
 from minalm.types import Batch
 
+BATCHES = 100  # in which something must count
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh, date: 
     read_chat = ChatReader(*vocabularies, config.mask_prompt, date)
     training = read_texts(config, config.data, "training", config.stdlib_fraction, read_chat)
     held_out = read_texts(config, config.held_out, "held_out", 1.0, read_chat)
-    return Texts(
+    texts = Texts(
         config=config,
         training=training,
         held_out=held_out,
@@ -347,6 +348,35 @@ def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh, date: 
         seed=seed,
         mesh=mesh,
     )
+    return dataclasses.replace(texts, notes=[*texts.notes, *check_targets(texts)])
+
+
+def check_targets(texts: Texts) -> list[str]:
+    """What a user should know of the texts that are left out, if those are most of the first batch.
+
+    Raises InputError if there is nothing to learn: no target that counts in the first BATCHES batches, or in all text.
+    """
+    rows, size = texts.config.batch_size, len(texts.training)
+    left_out, seen, example = 0, 0, None
+    for step in range(min(BATCHES, -(-size // rows))):
+        pieces = texts.training.batch(texts.seed, step, rows)
+        batch = make_batch(pieces, texts.student, texts.teacher)
+        left_out, seen = left_out + int(batch.left_out.sum()), seen + rows
+        example = next((p for p, out in zip(pieces, batch.left_out) if out), None) if example is None else example
+        if batch.student.weight.any():
+            break
+    why = "" if example is None else why_left_out(example, texts.student, texts.teacher)
+    if not batch.student.weight.any() and left_out == seen:
+        raise InputError(
+            f"all of the first {seen} texts are left out, since a tokenizer does not spell them ({why}): use another tokenizer"
+        )
+    if not batch.student.weight.any():
+        also = f", and {left_out} texts are left out: {why}" if left_out else ""
+        raise InputError(
+            f"nothing in the first {seen} texts counts in the losses{also}: give other text, longer rows, or no --mask-prompt"
+        )
+    share = f"{left_out} of the first {seen} texts are left out, since a tokenizer does not spell them: {why}"
+    return [share] if 2 * left_out > seen else []
 
 
 def read_texts(

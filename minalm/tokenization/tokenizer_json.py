@@ -35,8 +35,8 @@ def load_vocabulary(path: Path) -> Vocabulary:
             f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
         ) from error
     spec, changed, names, stops = declared(file, found)
-    if changed:
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
+    if changed or _moved(spec, tokenizer):
+        spec, tokenizer = _with_ids(spec, str(file))
     bare = _without_prefix_space(spec)
     continuing = None if bare is None else Tokenizer.from_str(json.dumps(bare))
     for each in filter(None, (tokenizer, continuing)):
@@ -47,9 +47,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
     added = [token for token in spec.get("added_tokens") or [] if token["special"]]
     special = {token["content"]: token["id"] for token in added}
     token_bytes, fallback = _token_bytes(spec, tokenizer.get_vocab(with_added_tokens=True))
-    for word, i in special.items():
-        if i >= len(token_bytes):  # the library closes holes, and gives the token another id than the file says
-            raise InputError(f"{file}: the ids before {i}, that of {word!r}, have holes: use a tokenizer without")
+    for i in special.values():
         token_bytes[i] = b""
     if missing := _ORDINARY - {token for token in token_bytes if len(token) == 1}:
         raise InputError(
@@ -187,19 +185,36 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     bos = [vocabulary.names["bos_token"]] if vocabulary.adds_bos else []
     if prefixes(spec) != bos:
         spec["post_processor"] = _bos_processor(bos, vocabulary) if bos else None
+    return _with_ids(spec, vocabulary.name)[0]
+
+
+def _moved(spec: Mapping[str, Any], tokenizer: Tokenizer) -> list[Mapping[str, Any]]:
+    """The added tokens to which the library gives other ids than the file does: it closes holes before them."""
+    return [token for token in spec.get("added_tokens") or [] if tokenizer.token_to_id(token["content"]) != token["id"]]
+
+
+def _with_ids(spec: dict[str, Any], name: str) -> tuple[dict[str, Any], Tokenizer]:
+    """A tokenizer.json whose added tokens have their ids, also behind holes: these tokens are in the model's vocabulary
+    too. Raises InputError, naming the tokenizer, where that cannot be."""
     try:
-        ids = Tokenizer.from_str(json.dumps(spec)).get_vocab(with_added_tokens=True)
+        tokenizer = Tokenizer.from_str(json.dumps(spec))
+        moved, vocab = _moved(spec, tokenizer), spec["model"]["vocab"]
+        if moved and isinstance(vocab, dict):
+            added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            spec = {**spec, "model": {**spec["model"], "vocab": {**added, **vocab}}}
+            tokenizer = Tokenizer.from_str(json.dumps(spec))
+            moved = _moved(spec, tokenizer)
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(
-            f"{vocabulary.name}: its tokens cannot be written as a tokenizer.json ({error}): use another tokenizer"
+            f"{name}: its tokens cannot be written as a tokenizer.json ({error}): use another tokenizer"
         ) from error
-    for word, i in vocabulary.special.items():
-        if ids.get(word) != i:
-            raise InputError(
-                f"{vocabulary.name}: a tokenizer.json cannot give {word!r} the id {i} (it becomes {ids.get(word)}): "
-                "use a tokenizer whose ids have no holes"
-            )
-    return spec
+    if moved:
+        word, i = moved[0]["content"], moved[0]["id"]
+        raise InputError(
+            f"{name}: a tokenizer.json cannot give {word!r} the id {i} (it becomes {tokenizer.token_to_id(word)}): "
+            "use a tokenizer whose ids have no holes"
+        )
+    return spec, tokenizer
 
 
 def _bos_processor(bos: list[str], vocabulary: Vocabulary) -> dict[str, Any]:

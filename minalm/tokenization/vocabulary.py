@@ -155,8 +155,10 @@ class Vocabulary:
         Raises InputError if ids are past the table, other than special tokens that no template uses (Gemma 3's image
         token).
         """
-        if self.boundary[size:].any() or any(self.token_bytes[size:]):
-            raise InputError(f"{self.name} has ids past the model's {size} rows: use the model's own tokenizer")
+        beyond = [word for word in self.template_special if self.special[word] >= size]
+        if beyond or any(self.token_bytes[size:]):
+            which = f" ({beyond[0]!r} has {self.special[beyond[0]]})" if beyond else ""
+            raise InputError(f"{self.name} has ids past the model's {size} rows{which}: use the model's own tokenizer")
         mask = np.zeros(size, bool)
         mask[: self.size] = self.boundary[:size]
         return mask
@@ -235,6 +237,16 @@ class Vocabulary:
         rows = zip(*(np.split(column, cuts) for column in columns), np.split(has, np.cumsum(sizes)[:-1]))
         fits = (bool(each.all()) for each in np.split(right, after[:-1]))
         return [Encoding(*row, fit) for row, fit, _ in zip(rows, fits, pieces)]
+
+    def spelled(self, piece: Piece, side: Literal["student", "teacher"]) -> tuple[bytes, bytes]:
+        """All that is written for a piece, and what its tokens spell, without a space before the first text."""
+        words = {i: word.encode() for word, i in self.special.items()}
+        atoms = [
+            atom.content for number, (content, _) in enumerate(piece) for atom in self._atoms(number, content, side)
+        ]
+        text = b"".join(words[atom] if isinstance(atom, int) else atom.encode() for atom in atoms)
+        (encoding,) = self.encode([piece], side)
+        return text, b"".join(words.get(i, self.token_bytes[i]) for i in encoding.ids.tolist())
 
     def _atoms(self, number: int, content: str | Special | Markup, side: str) -> list[_Atom]:
         """What is written for a segment, the one of this number in the batch."""
