@@ -203,7 +203,7 @@ def main(config: Config) -> None:
     config.run.use_compilation_cache()
     if config.compile_only is not None:
         return console.show_estimate(estimated(config))
-    inputs = [*config.student.inputs, *config.data.inputs]
+    inputs, date = [*config.student.inputs, *config.data.inputs], run_date(config.run)
     with barrier():
         config.check()
         if is_first():
@@ -211,7 +211,6 @@ def main(config: Config) -> None:
         mesh = run_mesh(config.mesh, config.data.batch_size, config.compute.accumulation)
         models = setup.load_models(config.student, config.data.student_length, config.seed)
         setup.check_hidden_states(config.losses, models)
-        date = run_date(config.run)
         texts = setup.load_texts(config.data, models, config.seed, mesh, date)
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide

@@ -41,6 +41,7 @@ from minalm.text.corpus import read_corpus
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.train_bpe import train_bpe
 
+DATE = "2026-01-01"
 WORDS = ["the", "cat", "model", "token", "byte", "reads", "writes", "two", "of", "and", "é", "日本", "for"]
 
 
@@ -143,9 +144,10 @@ def begin(config: train.Config) -> RunFolder:
     """The folder of a run that has not trained yet."""
     mesh = make_mesh(1, 1)
     models = load_models(config.student, config.data.student_length, config.seed)
-    texts = load_texts(config.data, models, config.seed, mesh)
+    texts = load_texts(config.data, models, config.seed, mesh, DATE)
     settings = plain(config)
-    run, _ = open_run(config.run, [], settings, settings, fingerprints(config.student, texts), models.write_student)
+    prints = fingerprints(config.student, texts)
+    run, _ = open_run(config.run, [], settings, settings, prints, DATE, models.write_student)
     run.close()
     return run
 
@@ -365,7 +367,7 @@ def test_batches_depend_on_seed_and_step_alone(files, tmp_path):
     models = load_models(config.student, 64, 0)
 
     def batch(seed, step):
-        texts = load_texts(config.data, models, seed, make_mesh(1, 1))
+        texts = load_texts(config.data, models, seed, make_mesh(1, 1), DATE)
         return [leaf.tobytes() for leaf in jax.tree.leaves(texts.batch(step))]
 
     assert batch(0, 3) == batch(0, 3) and batch(0, 3) != batch(0, 4) and batch(0, 3) != batch(1, 3)
@@ -379,7 +381,7 @@ def test_the_settings_of_every_preset_are_read_again(tmp_path, preset):
     config = configs.change(
         train.PRESETS[preset][1], out=tmp_path / "run", seed=2**62, data=(Path("true"), Path("a: b"))
     )
-    run = start_run(config.run, [], plain(config), {}, lambda folder: folder.mkdir())
+    run = start_run(config.run, [], plain(config), {}, DATE, lambda folder: folder.mkdir())
     assert repr(run.settings) == repr(flat(plain(config)))  # 1, 1.0 and True differ here
     run.close()
 
