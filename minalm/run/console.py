@@ -85,13 +85,14 @@ def _tokens(ids: Int[np.ndarray, " time"], chunk: Int[np.ndarray, " time"], voca
 
 
 def show_alignment(batch: Batch, student: Vocabulary, teacher: Vocabulary, most: int = 40) -> None:
-    """The first tokens of the first row, teacher above student, chunks in matching colours."""
+    """The first tokens of the first row with chunks, teacher above student, chunks in matching colours."""
+    row = int((batch.chunks.student_chunk_end >= 0).any(axis=1).argmax())
     for name, side, chunk, vocabulary in (
         ("teacher", batch.teacher, batch.chunks.teacher_chunk, teacher),
         ("student", batch.student, batch.chunks.student_chunk, student),
     ):
-        shown = (chunk[0] < most) & (side.weight[0] > 0)
-        console.print(Text(f"{name} ", "bold") + _tokens(side.targets[0][shown], chunk[0][shown], vocabulary))
+        shown = (chunk[row] < most) & (side.weight[row] > 0)
+        console.print(Text(f"{name} ", "bold") + _tokens(side.targets[row][shown], chunk[row][shown], vocabulary))
     console.print(
         Text("Equal colours are a chunk: the same bytes on both sides. A dot ends a token of several bytes.", "dim")
     )

@@ -354,14 +354,16 @@ def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh, date: 
 def check_targets(texts: Texts) -> list[str]:
     """What a user should know of the texts that are left out, if those are most of the first batch.
 
-    Raises InputError if there is nothing to learn: no target that counts in the first BATCHES batches, or in all text.
+    Raises InputError if there is nothing to learn: no target that counts in the first BATCHES batches, or in all text. Of
+    several processes each looks at its own rows.
     """
     rows, size = texts.config.batch_size, len(texts.training)
     left_out, seen, example = 0, 0, None
     for step in range(min(BATCHES, -(-size // rows))):
         pieces = texts.training.batch(texts.seed, step, rows)
+        pieces = [pieces[row] for row in local_rows(texts.mesh, rows)]
         batch = make_batch(pieces, texts.student, texts.teacher)
-        left_out, seen = left_out + int(batch.left_out.sum()), seen + rows
+        left_out, seen = left_out + int(batch.left_out.sum()), seen + len(pieces)
         example = next((p for p, out in zip(pieces, batch.left_out) if out), None) if example is None else example
         if batch.student.weight.any():
             break
