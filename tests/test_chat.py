@@ -602,6 +602,18 @@ def test_a_byte_student_keeps_the_template(owned, tmp_path, kind):
     assert written(found, read(messages, found)) == units(by_hand(kind, messages), ours)
 
 
+def test_an_exported_student_shares_its_teachers_template(tmp_path):
+    """Though it has no unk, which the teacher's tokenizer_config.json names and the template does not use."""
+    make("gemma", tmp_path / "t", CHATS["gemma"])
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
+    teacher = load_vocabulary(tmp_path / "t")
+    found, _ = student.load_vocabularies(exported(tmp_path / "student", byte_vocabulary(teacher)))
+    assert "unk_token" in teacher.names and "unk_token" not in found.names
+    messages = chat("ua", ["the", "x"])
+    assert read(messages, teacher, found) == read(messages, teacher, byte_vocabulary(teacher))
+
+
 def with_bos(folder: Path, kind: str, word: str, **config: object) -> Vocabulary:
     """A vocabulary whose tokenizer puts a special token before a text."""
     make(kind, folder)

@@ -726,29 +726,34 @@ def find(home: Path, *names: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
 @pytest.fixture
 def hub():
-    """A hub of this machine, with one repository, org/name: the files of it that were sent, and its address."""
-    names = ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors")
-    names += ("pytorch_model.bin", "modeling.py", "original/params.json", "onnx/model.safetensors", "README.md")
+    """A hub of this machine, with two repositories, org/name and org/shards: the files that were sent, and its address."""
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
+    names += ["pytorch_model.bin", "modeling.py", "original/params.json", "onnx/model.safetensors", "README.md"]
+    shards = ["config.json", INDEX, *SHARDS, "model-00003-of-00003.safetensors", "consolidated.safetensors"]
+    files = {"name": {name: name for name in names}, "shards": {name: name for name in shards}}
+    files["shards"][INDEX] = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}})
     sent = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            path = self.path.partition("?")[0]
-            if path == "/api/models/org/name/revision/main":
-                body = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": []}).encode()
-            elif path == f"/api/models/org/name/tree/{COMMIT}":
-                listed = [
-                    {"type": "file", "path": name, "size": len(name), "oid": f"{i:040}"} for i, name in enumerate(names)
-                ]
-                body = json.dumps(listed).encode()
-            elif path.startswith(prefix := f"/org/name/resolve/{COMMIT}/"):
-                body = path.removeprefix(prefix).encode()
-                if self.command == "GET":
-                    sent.append(body.decode())
-            else:
-                body = b""
+            path, body = self.path.partition("?")[0], b""
+            for name, held in files.items():
+                if path in (f"/api/models/org/{name}/revision/{of}" for of in ("main", COMMIT)):
+                    body = json.dumps({"id": f"org/{name}", "sha": COMMIT, "siblings": []}).encode()
+                elif path == f"/api/models/org/{name}/tree/{COMMIT}":
+                    sizes = enumerate((file, len(text)) for file, text in held.items())
+                    listed = [{"type": "file", "path": f, "size": size, "oid": f"{i:040}"} for i, (f, size) in sizes]
+                    body = json.dumps(listed).encode()
+                elif path.startswith(prefix := f"/org/{name}/resolve/{COMMIT}/"):
+                    body = held[path.removeprefix(prefix)].encode()
+                    if self.command == "GET":
+                        sent.append(path.removeprefix(prefix))
             self.send_response(200 if body else 404)
             if not body:
                 self.send_header("X-Error-Code", "RepoNotFound")
@@ -783,6 +788,14 @@ def test_a_name_of_the_hub(tmp_path, hub):
     for without in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         again, other = find(tmp_path, "org/name", "org/other", **without)
         assert again == found and other.startswith("refused: org/other is no folder here")
+
+
+def test_only_listed_shards_are_fetched(tmp_path, hub):
+    sent, address = hub
+    (found,) = find(tmp_path, "org/shards", HF_ENDPOINT=address)
+    assert sorted(path.name for path in Path(found).iterdir()) == sorted(sent) == ["config.json", *SHARDS, INDEX]
+    (again,) = find(tmp_path, "org/shards", HF_HUB_OFFLINE="1")
+    assert again == found
 
 
 def test_names_without_a_hub(tmp_path, folder):

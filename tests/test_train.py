@@ -1010,6 +1010,51 @@ def test_bad_text(files, tmp_path, name, content, sentence):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_checkpoint_is_one_sentence(stopped, tmp_path):
+    """Threads of Orbax that go on reading say nothing behind it."""
+    shutil.copytree(stopped, tmp_path / "run")
+    largest = max(
+        (tmp_path / "run/checkpoints/2/student").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size
+    )
+    os.truncate(largest, largest.stat().st_size // 2)
+    command = [sys.executable, "convert.py", "export", tmp_path / "run", tmp_path / "out"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 1 and re.fullmatch(
+            "error: the checkpoint .* is damaged or of another run: .*\n", done.stderr
+        )
+
+
+def test_nothing_to_learn(files, tmp_path):
+    """Found before anything is written."""
+    path = small.save(tmp_path / "words", small.byte_level(), ["<s>"], bos_token="<s>")
+    spec = json.loads((path / "tokenizer.json").read_text())
+    splits = [{"type": "WhitespaceSplit"}, spec["pre_tokenizer"] | {"use_regex": False}]  # this loses spaces
+    (path / "tokenizer.json").write_text(
+        json.dumps(spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}})
+    )
+    data = tmp_path / "t.jsonl"
+    data.write_text(json.dumps({"text": "the cat reads of two models"}) + "\n")
+    found = refused(arguments(files, tmp_path / "run", student_tokenizer=path, data=data))
+    assert "all of the first 4 texts are left out, since a tokenizer does not spell them" in found
+    assert re.search("where the text has '.*the cat reads.*', the tokens of .*words spell '.*thecatreads", found)
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text((json.dumps({"text": "the cat"}) + "\n") * 9 + json.dumps({"text": "cat"}) + "\n")
+    config = configs.change(TINY, out=tmp_path / "run", teacher=files.untied, data=(mixed,), student_tokenizer=path)
+    (note,) = load_texts(config.data, load_models(config.student, 64, 0), 0, make_mesh(1, 1), DATE).notes
+    assert re.match(
+        "[34] of the first 4 texts are left out, .* has '.*the cat.*', the tokens of .* spell '.*thecat", note
+    )
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"messages": [{"role": "user", "content": "the cat"}]}\n')
+    teacher = tmp_path / "teacher"
+    shutil.copytree(files.untied, teacher)
+    (teacher / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    found = refused([*arguments(files, tmp_path / "run", teacher=teacher, data=chat), "--mask-prompt"])
+    assert "nothing in the first 4 texts counts in the losses: give other text" in found
+    assert not (tmp_path / "run").exists()
+
+
 def change_tensors(change):
     def damage(folder):
         tensors = load_file(folder / "model.safetensors")

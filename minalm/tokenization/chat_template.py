@@ -55,6 +55,11 @@ class ChatTemplate(NamedTuple):
         """The template for a chat, as transformers chooses it."""
         return self.sources["tool_use" if tools is not None and "tool_use" in self.sources else "default"]
 
+    @property
+    def used_names(self) -> dict[str, str]:
+        """Those names that the template mentions."""
+        return {n: word for n, word in self.names.items() if any(n in source for source in self.sources.values())}
+
 
 def read_chat_template(folder: Path, names: Mapping[str, str], special: Collection[str]) -> ChatTemplate | None:
     """The template of a tokenizer: that of its folder (chat_template.jinja, else in tokenizer_config.json), or where it

@@ -90,7 +90,7 @@ class ChatReader:
     def _is_shared(self) -> bool:
         """Whether both sides write chats alike."""
         ours, theirs = self.student.chat_template, self.teacher.chat_template
-        return ours is not None and (ours.sources, ours.names) == (theirs.sources, theirs.names)
+        return ours is not None and (ours.sources, ours.used_names) == (theirs.sources, theirs.used_names)
 
     def _note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
@@ -113,7 +113,7 @@ class ChatReader:
 
     def _generated(self, chat: _Chat, template: ChatTemplate, text: str) -> list[tuple[int, int]]:
         """Where the text of `{% generation %}` lies."""
-        marks = tuple(private_characters(3, (text, chat))[1:])  # the first one is taken
+        marks = tuple(private_characters(2, (text, chat)))
         marked = _needed(render([chat.render(template, marks=marks)], self.date)[0], template)
         parts = re.split(f"[{marks[0]}{marks[1]}]", marked)
         if "".join(parts) != text or len(parts) % 2 == 0:
@@ -131,7 +131,7 @@ class ChatReader:
         `add_generation_prompt`, ends: so a think block that the template writes before it is part of it. It ends before
         the next message at the latest: a template may write the answers of tools into a call.
         """
-        message, (other,) = chat.messages[n], private_characters(2, (text, chat))[1:]
+        message, (other,) = chat.messages[n], private_characters(1, (text, chat))
         before, after = chat.messages[:n], chat.messages[n + 1 :]
         variants = [
             [*before, {"role": message["role"], "content": other}, *after],
@@ -178,7 +178,7 @@ class ChatReader:
         if shape in self._checked:
             return
         self._checked.add(shape)
-        (other,) = private_characters(2, (text, chat))[1:]
+        (other,) = private_characters(1, (text, chat))
         tried = [(n, "content", _saying(m, other)) for n, m in enumerate(chat.messages) if m.get("content")]
         for n, message in enumerate(chat.messages):
             for key in (key for key in CALLS if message.get(key)):
@@ -193,12 +193,12 @@ class ChatReader:
                 )
             if written == text:
                 self._note(f"have a message of role {message['role']!r} that the chat template does not write")
-            if isinstance(message["content"] if key == "content" else None, list) and written is not None:
-                if re.search(rf"""['"]text['"]\s*:\s*['"]({other}|{re.escape(json.dumps(other)[1:-1])})""", written):
-                    raise InputError(
-                        f"{template.file}: the chat template writes a `content` that is a list of parts as program code: "
-                        "write a string"
-                    )
+            code = rf"""['"]text['"]\s*:\s*['"]({other}|{re.escape(json.dumps(other)[1:-1])})"""
+            if written is not None and isinstance(message.get("content"), list) and re.search(code, written):
+                raise InputError(
+                    f"{template.file}: the chat template writes a `content` that is a list of parts as program code: "
+                    "write a string"
+                )
 
     # --- documents ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class ChatReader:
     def _spans(self, chat: _Chat, side: Vocabulary, text: str) -> list[tuple[int, int]]:
         """Where the text of each message lies in what a side writes, without white space around it."""
         template = side.chat_template
-        marks = private_characters(1 + len(chat.messages), (text, chat))[1:]
+        marks = private_characters(len(chat.messages), (text, chat))
         messages = [message | {"content": mark} for message, mark in zip(chat.messages, marks)]
         written = _needed(render([chat.render(template, messages)], self.date)[0], template)
         found = re.findall(f"[{''.join(marks)}]", written)
