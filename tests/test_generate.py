@@ -11,11 +11,13 @@ import pytest
 from forward import logits
 
 from minalm.evaluation.bits_per_byte import measure
+from minalm.evaluation.samples import PROMPT_CHARACTERS, beginning
 from minalm.models.config import ModelConfig, Rope
 from minalm.models.generate import generate, sample
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer, initialize
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
+from minalm.text.documents import Markup, Segment, Special
 from minalm.types import AlignedChunks, Batch, Tokens
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -210,3 +212,15 @@ def test_measures_without_a_teacher():
             nats, size = nats - logp[row][inside].sum(), size + batch.chunks.text_bytes[row, chunk]
     assert found.keys() == {"student"}
     np.testing.assert_allclose(found["student"], nats / size / math.log(2), rtol=1e-5)
+
+
+def test_the_beginning_of_a_piece():
+    bos, eos, turn = Segment(Special("bos")), Segment(Special("eos")), Segment(Markup(("<turn>",), ("<turn>",)))
+    long = "ab" * PROMPT_CHARACTERS
+    assert beginning((bos, Segment(long), eos)) == (bos, Segment(long[:PROMPT_CHARACTERS]))
+    assert beginning((bos, Segment("short"), eos)) == (bos, Segment("short"))
+    assert beginning((turn, Segment("user"), turn, Segment(long), turn)) == (
+        *(turn, Segment("user"), turn),
+        Segment(long[: PROMPT_CHARACTERS - 4]),
+    )
+    assert beginning((bos, Segment(""), eos)) == beginning(()) == (bos, Segment("\n"))

@@ -8,7 +8,7 @@ from minalm.models.generate import generate
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
 from minalm.text.corpus import Corpus
-from minalm.text.documents import Segment, Special
+from minalm.text.documents import Piece, Segment, Special
 
 PROMPT_CHARACTERS, NEW_TOKENS, TEMPERATURE = 120, 160, 0.5
 
@@ -24,11 +24,9 @@ def continue_texts(
     seed: int,
 ) -> list[tuple[str, str]]:
     """(prompt, continuation) pairs: the first characters of held-out pieces, and what the model writes after them."""
-    pieces = held_out.batch(1, 0, count)
-    texts = [[part.content for part in piece if isinstance(part.content, str)] for piece in pieces]
-    prompts = ["".join(parts)[:PROMPT_CHARACTERS] or "\n" for parts in texts]
+    prompts = [beginning(piece) for piece in held_out.batch(1, 0, count)]
     vocabulary = side.vocabulary
-    encodings = vocabulary.encode([(Segment(Special("bos")), Segment(prompt)) for prompt in prompts])
+    encodings = vocabulary.encode(prompts)
     continued = generate(
         model,
         mask,
@@ -41,4 +39,18 @@ def continue_texts(
         temperature=TEMPERATURE,
         seed=seed,
     )
-    return [(prompt, vocabulary.decode(ids)) for prompt, ids in zip(prompts, continued, strict=True)]
+    texts = ["".join(content for content, _ in prompt if isinstance(content, str)) for prompt in prompts]
+    return [(text, vocabulary.decode(ids)) for text, ids in zip(texts, continued, strict=True)]
+
+
+def beginning(piece: Piece) -> Piece:
+    """A piece up to PROMPT_CHARACTERS of its text, without what stands behind the text; of one without text, a line
+    break."""
+    prompt, kept, left = [], 0, PROMPT_CHARACTERS
+    for segment in piece:
+        if isinstance(segment.content, str) and left:
+            segment = segment._replace(content=segment.content[:left])
+            left -= len(segment.content)
+            kept = len(prompt) + 1 if segment.content else kept
+        prompt.append(segment)
+    return tuple(prompt[:kept]) or (Segment(Special("bos")), Segment("\n"))
