@@ -5,6 +5,7 @@ process with little memory, which is ended when it takes too long, keeps it from
 ending. A request and its answer are JSON: each render is the text that the template wrote, or why it did not.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -99,7 +100,8 @@ def render(source: str, date: str, values: dict[str, Any], marks: Sequence[str])
 
 def main(read: int, write: int) -> None:
     """Answers requests until their pipe is closed. `read` and `write` are descriptors of pipes."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     requests, answers = Connection(read, writable=False), Connection(write, readable=False)
     while True:
         try:
