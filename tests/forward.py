@@ -26,5 +26,5 @@ def final_states(model, inputs, suffix=None, dtype=FLOAT32, remat="none"):
 def logits(model, inputs, suffix=None, dtype=FLOAT32, remat="none"):
     """Logits, [batch, time, vocab]; of this device's entries of the vocabulary."""
     states = final_states(model, inputs, suffix, dtype, remat)
-    product = jnp.einsum("bte,ve->btv", states, gather_channels(model.unembedding, dtype))
+    product = jnp.einsum("bte,ve->btv", states, gather_channels(model.unembedding, dtype)) / model.config.logits_divisor
     return layers.softcap(product, model.config.final_softcap)

@@ -27,7 +27,7 @@ from minalm.errors import InputError
 from minalm.huggingface import families, weights
 from minalm.huggingface.families import TensorMap
 from minalm.models import transformer
-from minalm.models.config import LinearScaling, Llama3Scaling, ModelConfig, Rope, YarnScaling
+from minalm.models.config import LinearScaling, Llama3Scaling, LongRopeScaling, ModelConfig, Rope, YarnScaling
 from minalm.models.transformer import Transformer, initialize
 from minalm.parallel.mesh import make_mesh, shard, shardings, specs
 
@@ -58,6 +58,7 @@ CONFIGS = {
     **{
         name: weights.read_config(FIXTURES / name / "config.json")
         for name in ("gemma3", "mistral", "qwen2", "qwen2_yarn", "qwen3", "olmo2", "olmo3")
+        + ("llama3_biased", "smollm3", "phi3", "granite")
     },
     "llama": LLAMA,
     "llama tied, no scaling": dataclasses.replace(LLAMA, tied=True, rope=Rope(100.0)),
@@ -67,6 +68,7 @@ CONFIGS = {
     "gemma2 without caps": dataclasses.replace(GEMMA, attention_softcap=None, final_softcap=None),
     "gemma2 with expansion": dataclasses.replace(GEMMA, tied=False, expansion_size=78),
 }
+CONFIGS["phi3 with expansion"] = dataclasses.replace(CONFIGS["phi3"], expansion_size=78)
 
 # As they are published (transformers 4), but for keys of the same kind.
 LLAMA_3_2_3B = {
@@ -312,6 +314,12 @@ def test_files_of_transformers_come_out_again(tmp_path, name):
     expected = {}
     for file in (FIXTURES / name).glob("*.safetensors"):
         expected |= tensors_of(file)
+    if name == "gemma3_seeing":
+        parts = {
+            part: [tensor for tensor in expected if tensor.startswith(part)] for part in ("language_model.", "vision")
+        }
+        assert all(parts.values())
+        expected = {tensor.removeprefix("language_model."): expected[tensor] for tensor in parts["language_model."]}
     assert found.keys() == expected.keys()
     for tensor, value in expected.items():
         assert found[tensor].dtype == value.dtype == families.DTYPES["bfloat16"]
@@ -347,6 +355,105 @@ def test_layout_of_the_projections(folder):
     assert q.shape == (60, 24) and o.shape == (24, 60)
     assert np.array_equal(model.blocks.attention.q[1, :, 4, 7], q[4 * 10 + 7])
     assert np.array_equal(model.last.attention.o[4, 7], o[:, 4 * 10 + 7])
+
+
+def test_layout_of_fused_projections(tmp_path):
+    """Behind each other along the rows: queries, keys, values; gate, up."""
+    model = random_model(CONFIGS["phi3"])
+    weights.save(tmp_path / "model", model, "float32")
+    stored = tensors_of(tmp_path / "model" / "model.safetensors")
+    qkv = stored["model.layers.1.self_attn.qkv_proj.weight"]
+    assert qkv.shape == (6 * 8 + 2 * 8 + 2 * 8, 48)
+    attention = model.blocks.attention
+    assert np.array_equal(attention.q[1, :, 4, 7], qkv[4 * 8 + 7])
+    assert np.array_equal(attention.k[1, :, 1, 7], qkv[6 * 8 + 8 + 7])
+    assert np.array_equal(attention.v[1, :, 1, 7], qkv[8 * 8 + 8 + 7])
+    gate_up = stored["model.layers.2.mlp.gate_up_proj.weight"]
+    assert np.array_equal(model.last.mlp.gate.T, gate_up[:34]) and np.array_equal(model.last.mlp.up.T, gate_up[34:])
+    lazy = weights.read(tmp_path / "model").blocks.attention.v
+    assert np.array_equal(lazy[1, 3:9, 1:2], attention.v[1, 3:9, 1:2])
+
+
+@pytest.mark.parametrize("rows", (slice(None, -1), slice(8, None)), ids=("too few", "too many"))
+def test_a_fused_tensor_of_a_wrong_shape(tmp_path, rows):
+    weights.save(tmp_path / "model", random_model(CONFIGS["phi3"]), "float32")
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    tensor = tensors_of(tmp_path / "model" / "model.safetensors")[name]
+    tensor = tensor[rows] if rows.stop else np.concatenate([tensor, tensor[:8]])
+    rewrite(tmp_path / "model", **{name.replace(".", "__"): tensor})
+    refused(tmp_path / "model", rf"the tensor {name} has the shape .* where config.json asks for \(80, 48\)")
+
+
+PREFIXES = {"language_model.model.": "model.language_model.", "vision": "model.vision", "multi": "model.multi"}
+
+
+def test_a_model_that_sees_by_the_names_that_it_has_in_memory(tmp_path):
+    shutil.copytree(FIXTURES / "gemma3_seeing", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    renamed = {}
+    for name, tensor in tensors_of(file).items():
+        old = next(old for old in PREFIXES if name.startswith(old))
+        renamed[PREFIXES[old] + name.removeprefix(old)] = tensor
+    renamed["lm_head.weight"] = renamed["model.language_model.embed_tokens.weight"]  # some tools write both
+    safetensors.numpy.save_file(renamed, file)
+    assert_same(weights.load(tmp_path / "model", np.float32), weights.load(FIXTURES / "gemma3_seeing", np.float32))
+    twice = renamed | {"language_model.model.norm.weight": renamed["model.language_model.norm.weight"]}
+    safetensors.numpy.save_file(twice, file)
+    refused(tmp_path / "model", "norm.weight twice, under two names")
+    safetensors.numpy.save_file(renamed | {"model.audio_tower.weight": np.zeros(3, np.float32)}, file)
+    refused(tmp_path / "model", "holds the tensor model.audio_tower.weight")
+
+
+def test_what_stands_beside_the_text_part(tmp_path):
+    values = json.loads((FIXTURES / "gemma3_seeing" / "config.json").read_text())
+    alone = read(tmp_path, json.loads((FIXTURES / "gemma3" / "config.json").read_text()))
+    assert read(tmp_path, values) == alone
+    assert read(tmp_path, values | {"eos_token_id": [1, 106], "boi_token_index": 3}) == alone
+    assert families.informative(values | {"eos_token_id": [1, 106]})["eos_token_id"] == [1, 106]
+    assert families.informative(values)["max_position_embeddings"] == 131072
+    text = values["text_config"]
+    for changes, named in (
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"audio_config": {"layers": 4}}, "audio_config"),
+        ({"text_config": None}, "text_config.* is not a JSON object"),
+        ({"text_config": text | {"model_type": "gemma2"}}, "text_config.*model_type"),
+        ({"text_config": text | {"tie_word_embeddings": False}}, "tie_word_embeddings.* make them agree"),
+        ({"text_config": text | {"final_logit_softcapping": 30.0}}, "final_logit_softcapping.*never applies"),
+        ({"text_config": text | {"attn_logit_softcapping": 50.0}}, "attn_logit_softcapping.*never applies"),
+        ({"text_config": text | {"x": 1}}, "'x'"),
+    ):
+        with pytest.raises(InputError, match=named):
+            read(tmp_path, values | changes)
+
+
+def full_attention(name: str) -> Transformer:
+    model = weights.load(FIXTURES / name, np.float32)
+    layers = dataclasses.replace(model.config, windows=(None, None, None), local_rope=None)
+    return transformer.from_leaves(layers, transformer.leaves(model))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
+def test_transformers_computes_the_same_from_what_is_written(tmp_path, name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    weights.save(tmp_path / "model", weights.load(FIXTURES / name, np.float32), "float32", keys=ids)
+    stored = np.load(FIXTURES / name / "logits.npz")
+
+    def logits(folder):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(info.values()), info
+        with torch.no_grad():
+            return model(torch.tensor(stored["tokens"], dtype=torch.int64)).logits.numpy()
+
+    np.testing.assert_allclose(logits(tmp_path / "model"), stored["logits"], rtol=0, atol=1e-5)
+    if not name.startswith(("gemma", "olmo3")):
+        return
+    # Without any window transformers still makes a mask with one, and raises at `sliding_window: null`.
+    weights.save(tmp_path / "full", full_attention(name), "float32", keys=ids)
+    assert weights.read_config(tmp_path / "full" / "config.json").windows == (None, None, None)
+    assert np.abs(logits(tmp_path / "full") - stored["logits"]).max() > 1e-2
 
 
 def test_initial_parameters_can_be_saved(tmp_path):
@@ -404,11 +511,15 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     "changes",
     (
         {"windows": (3, 4, None), "norm_plus_one": True},
-        {"windows": (3, None, None)},
-        {"attention_softcap": 5.0},
-        {"embedding_scale": 2.0},
+        {"windows": (3, None, None), "attention_softcap": 5.0},
+        {"embedding_scale": 2.0, "norm_plus_one": True},
         {"post_norms": True},
-        {"query_scale": 0.3},
+        {"query_scale": 0.3, "qk_norm": "head"},
+        {"residual_scale": 0.5, "windows": (3, 3, 3)},
+        {"logits_divisor": 2.0, "qkv_bias": True},
+        {"qkv_bias": True, "mlp_bias": True},
+        {"unrotated_layers": (0,), "attention_softcap": 5.0},
+        {"rope": Rope(100.0, Llama3Scaling(8.0, 1.0, 4.0, 16), 0.6)},
     ),
     ids=str,
 )
@@ -596,7 +707,7 @@ def test_shards(tmp_path, source, dtype):
     (whole,), shards = shards_of(tmp_path / "whole"), shards_of(tmp_path / "shards")
     place_of = families.tensor_maps(families.FAMILIES[0], LLAMA)
     assert whole.keys() == place_of.keys()
-    for name, place in place_of.items():
+    for name, (place,) in place_of.items():
         array = transformer.leaves(random_model(LLAMA))[place.leaf]
         array = array if place.layer is None else array[place.layer]
         expected = (array.reshape(-1, math.prod(place.shape[place.inputs :])).T if place.inputs else array).astype(
@@ -901,6 +1012,156 @@ def test_published_gemma3(tmp_path):
     assert read(tmp_path, new) == config == read(tmp_path, {k: v for k, v in new.items() if k != "rope_parameters"})
 
 
+GEMMA_3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "num_hidden_layers": 27},
+}
+SMOLLM_3 = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "model_type": "smollm3",
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_cache": False,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+PHI_4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "vocab_size": 200064,
+}
+GRANITE = {
+    "architectures": ["GraniteForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.1,
+    "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "logits_scaling": 8.0,
+    "max_position_embeddings": 4096,
+    "mlp_bias": False,
+    "model_type": "granite",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 49155,
+}
+
+
+def test_published_gemma3_that_sees(tmp_path):
+    config = read(tmp_path, GEMMA_3_4B)
+    assert (config.vocab_size, config.heads, config.kv_heads, config.head_dim) == (262208, 8, 4, 256)
+    assert (config.rope, config.local_rope) == (Rope(1e6, LinearScaling(8.0)), Rope(1e4))
+    assert config.windows == ((1024,) * 5 + (None,)) * 5 + (1024,) * 4
+    assert (config.tied, config.model_type, config.norm_plus_one) == (True, "gemma3_text", True)
+    assert families.config_values(config, "bfloat16")["architectures"] == ["Gemma3ForCausalLM"]
+    assert read(tmp_path, GEMMA_3_4B["text_config"]) == config  # a text model lacks them as well
+
+
+def test_published_smollm3(tmp_path):
+    config = read(tmp_path, SMOLLM_3)
+    assert config.unrotated_layers == tuple(range(3, 36, 4)) and config.ropes == (Rope(5e6), None)
+    assert (config.windows, config.tied, config.head_dim) == ((None,) * 36, True, 128)
+    without = {key: value for key, value in SMOLLM_3.items() if not key.startswith("no_rope_layers")}
+    assert read(tmp_path, without) == config
+    assert read(tmp_path, without | {"no_rope_layer_interval": 9}).unrotated_layers == (8, 17, 26, 35)
+    with_windows = without | {"use_sliding_window": True, "sliding_window": 512, "layer_types": None}
+    assert read(tmp_path, with_windows).windows == (None, None, None, 512) * 9
+
+
+def test_published_phi(tmp_path):
+    config = read(tmp_path, PHI_4_MINI)
+    scaling = LongRopeScaling((1.0,) * 48, (2.0,) * 48, math.sqrt(1 + math.log(32) / math.log(4096)), 32.0, 4096)
+    assert config.rope == Rope(10_000.0, scaling, 0.75) and config.windows == (262144,) * 32
+    assert config.rope.channels(config.head_dim) == 96
+    short, long = (config.rope.inverse_frequencies(config.head_dim, length) for length in (4096, 4097))
+    assert np.array_equal(long, short / np.float32(2))
+    new = {key: value for key, value in PHI_4_MINI.items() if not key.startswith("rope_")}
+    new["rope_parameters"] = PHI_4_MINI["rope_scaling"] | {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096,
+    }
+    assert read(tmp_path, new) == config
+    for older in ("su", "yarn"):  # which Phi3Config takes for the same
+        assert read(tmp_path, PHI_4_MINI | {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"type": older}}) == config
+    own = PHI_4_MINI | {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"attention_factor": 1.5}}
+    assert read(tmp_path, own).rope.magnitude == 1.5
+    phi_4 = {**PHI_4_MINI, "original_max_position_embeddings": 16384, "max_position_embeddings": 16384}
+    phi_4 |= {"rope_scaling": None, "sliding_window": None, "partial_rotary_factor": 1.0, "rope_theta": 250000}
+    assert read(tmp_path, phi_4).rope == Rope(250_000.0)
+
+
+def test_published_granite(tmp_path):
+    config = read(tmp_path, GRANITE)
+    assert (config.scale, config.embedding_scale, config.residual_scale, config.logits_divisor) == (1 / 64, 12, 0.22, 8)
+    without = {key: value for key, value in GRANITE.items() if not key.endswith(("multiplier", "scaling"))}
+    assert read(tmp_path, without).scale == 1.0  # not 1 / sqrt(head_dim)
+
+
 def test_published_qwen(tmp_path):
     config = read(tmp_path, QWEN_2_5)
     assert (config.qkv_bias, config.qk_norm, config.head_dim, config.tied) == (True, None, 64, True)
@@ -925,7 +1186,7 @@ def test_what_the_published_byte_models_call_a_norm_of_queries_and_keys(tmp_path
 
 @pytest.mark.parametrize(
     "published",
-    (OLMO_3, GEMMA_3_270M, QWEN_2_5, QWEN_3, MISTRAL, LLAMA_3_2_3B, GEMMA_2_2B),
+    (OLMO_3, GEMMA_3_270M, QWEN_2_5, QWEN_3, MISTRAL, LLAMA_3_2_3B, GEMMA_2_2B, SMOLLM_3, PHI_4_MINI, GRANITE),
     ids=lambda values: values["model_type"],
 )
 def test_a_config_comes_out_as_it_was_read(tmp_path, published):
@@ -934,6 +1195,92 @@ def test_a_config_comes_out_as_it_was_read(tmp_path, published):
     written = families.config_values(config, "bfloat16")
     assert written["model_type"] == published["model_type"]
     assert read(tmp_path, written) == config
+
+
+HARMLESS = {  # what fine-tunes and converters leave in config.json
+    "_commit_hash": "0123",
+    "_from_model_config": True,
+    "bad_words_ids": [[5]],
+    "begin_suppress_tokens": [220],
+    "decoder_start_token_id": 1,
+    "do_sample": True,
+    "forced_eos_token_id": 2,
+    "gradient_checkpointing": True,
+    "max_length": 4096,
+    "max_new_tokens": 256,
+    "max_sequence_length": 4096,
+    "model_max_length": 4096,
+    "n_positions": 4096,
+    "neftune_noise_alpha": 5,
+    "num_return_sequences": 1,
+    "original_max_position_embeddings": 16384,
+    "output_hidden_states": True,
+    "repetition_penalty": 1.1,
+    "sep_token_id": 3,
+    "task_specific_params": {"text-generation": {"max_length": 50}},
+    "temperature": 0.9,
+    "tokenizer_class": "LlamaTokenizer",
+    "top_k": 50,
+    "top_p": 0.6,
+    "typical_p": 1.0,
+    "unk_token_id": 0,
+    "unsloth_version": "2025.1",
+    "use_flash_attention": True,
+}
+
+
+@pytest.mark.parametrize("base", (SMOLLM2_135M, GEMMA_2_2B, QWEN_3, GEMMA_3_4B), ids=lambda base: base["model_type"])
+def test_harmless_keys(tmp_path, base):
+    assert read(tmp_path, base | HARMLESS) == read(tmp_path, base)
+    with pytest.raises(InputError, match="temperatur'"):
+        read(tmp_path, base | HARMLESS | {"temperatur": 0.9})
+
+
+def test_no_harmless_key_is_one_that_is_read():
+    read_keys = {key for family in families.FAMILIES for key in family.defaults}
+    lengths = {"max_position_embeddings", "original_max_position_embeddings"}  # which longrope reads
+    assert read_keys & families.HARMLESS == lengths
+    listed = [key for keys in families.HARMLESS_BY_REASON.values() for key in keys.split()]
+    assert len(listed) == len(set(listed))
+
+
+def test_whole_numbers_with_a_point(tmp_path):
+    changed = {
+        "vocab_size": 49152.0,
+        "hidden_size": 576.0,
+        "num_hidden_layers": 30.0,
+        "max_position_embeddings": 8192.0,
+    }
+    config = read(tmp_path, SMOLLM2_135M | changed)
+    assert config == read(tmp_path, SMOLLM2_135M)
+    assert all(isinstance(size, int) for size in (config.vocab_size, config.embed, config.layers))
+
+
+def test_lengths_that_a_scaling_depends_on(tmp_path):
+    """Versions of transformers differ in which one they take, so they must agree."""
+    length = "original_max_position_embeddings"
+    assert read(tmp_path, LLAMA_3_2_3B | {length: 8192}) == read(tmp_path, LLAMA_3_2_3B)
+    for base in (LLAMA_3_2_3B, QWEN_3 | {"rope_scaling": YARN}, PHI_4_MINI | {"rope_scaling": None}):
+        if base["rope_scaling"] is None:
+            base = PHI_4_MINI | {"rope_scaling": PHI_4_MINI["rope_scaling"] | {length: 8192}}
+        with pytest.raises(InputError, match=f"'{length}'.*(8192|4096): make them agree"):
+            read(tmp_path, base | {length: 4096})
+
+
+def test_a_flat_config_as_transformers_5_saves_it(tmp_path):
+    """It takes nothing of `rope_parameters` that is not of one kind of layers, and saves it beside what it took."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {key: OLMO_3[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")}
+    flat = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    for name, ropes in (
+        ("Olmo3Config", (Rope(500_000.0), None)),
+        ("Gemma3TextConfig", (Rope(1e6), Rope(1e4))),
+    ):
+        getattr(transformers, name)(**sizes, rope_parameters=dict(flat)).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+        assert saved["rope_theta"] == 100.0 and saved["sliding_attention"]
+        config = weights.read_config(tmp_path / "config.json")
+        assert (config.rope, config.local_rope) == ropes
 
 
 def test_spellings_of_transformers_5(tmp_path):
@@ -986,14 +1333,39 @@ ROPE = LLAMA_3_2_3B["rope_scaling"]
 @pytest.mark.parametrize(
     "base, changes, named",
     (
-        (LLAMA_3_2_3B, {"model_type": "phi3"}, "model_type"),
-        (LLAMA_3_2_3B, {"model_type": "gemma3"}, "model_type"),
+        (LLAMA_3_2_3B, {"model_type": "phi3small"}, "model_type"),
+        (LLAMA_3_2_3B, {"model_type": "gemma3"}, "text_config"),
+        (LLAMA_3_2_3B, {"model_type": "tpu_gemma3"}, "model_type"),
         (LLAMA_3_2_3B, {"model_type": None}, "model_type"),
         (LLAMA_3_2_3B, {"model_type": ["llama"]}, "model_type"),
         (LLAMA_3_2_3B, {"hidden_act": "relu"}, "hidden_act"),
         (LLAMA_3_2_3B, {"hidden_act": "gelu"}, "hidden_act"),
-        (LLAMA_3_2_3B, {"attention_bias": True}, "attention_bias"),
-        (LLAMA_3_2_3B, {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA_3_2_3B, {"attention_bias": 1}, "attention_bias"),
+        (MISTRAL, {"attention_bias": True}, "attention_bias"),
+        (MISTRAL, {"mlp_bias": True}, "mlp_bias"),
+        (PHI_4_MINI, {"mlp_bias": True}, "mlp_bias"),
+        (PHI_4_MINI, {"full_attn_mod": 2}, "full_attn_mod"),
+        (LLAMA_3_2_3B, {"vocab_size": 128256.5}, "vocab_size"),
+        (LLAMA_3_2_3B, {"vocab_size": float("inf")}, "vocab_size"),
+        (LLAMA_3_2_3B, {"logits_scaling": 8.0}, "logits_scaling"),
+        (GEMMA_3_270M, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*never applies"),
+        (GRANITE, {"residual_multiplier": 0}, "residual_multiplier"),
+        (GRANITE, {"residual_multiplier": "0.22"}, "residual_multiplier"),
+        (SMOLLM_3, {"no_rope_layers": [1] * 35}, "no_rope_layers"),
+        (SMOLLM_3, {"no_rope_layers": [2] * 36}, "no_rope_layers"),
+        (SMOLLM_3, {"no_rope_layers": "1110"}, "no_rope_layers"),
+        (SMOLLM_3, {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        (SMOLLM_3, {"layer_types": ["sliding_attention"] * 36, "sliding_window": 512}, "layer_types"),
+        (PHI_4_MINI, {"partial_rotary_factor": 0.76}, "partial_rotary_factor"),  # 97 of 128 channels
+        (PHI_4_MINI, {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        (PHI_4_MINI, {"partial_rotary_factor": 1.0}, "short_factor.*64 numbers"),
+        (PHI_4_MINI, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48}}, "long_factor"),
+        (PHI_4_MINI, {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"long_factor": [0.0] * 48}}, "long_factor"),
+        (PHI_4_MINI, {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"long_factor": 2.0}}, "long_factor"),
+        (PHI_4_MINI, {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"factor": 16.0}}, "factor"),
+        (PHI_4_MINI, {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"partial_rotary_factor": 0.5}}, "make them agree"),
+        (PHI_4_MINI, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear.*phi3"),
+        (QWEN_3, {"rope_scaling": PHI_4_MINI["rope_scaling"]}, "rope_scaling.*longrope"),
         (LLAMA_3_2_3B, {"attention_dropout": 0.1}, "attention_dropout"),
         (LLAMA_3_2_3B, {"rope_interleaved": True}, "rope_interleaved"),
         (LLAMA_3_2_3B, {"sliding_window": 4096}, "sliding_window"),
@@ -1025,10 +1397,31 @@ ROPE = LLAMA_3_2_3B["rope_scaling"]
         (QWEN_2_5, {"attention_bias": True}, "attention_bias"),
         (QWEN_3, {"attention_bias": True}, "attention_bias"),
         (OLMO_3, {"rope_theta": None}, "rope_theta"),
+        (OLMO_3, {"rope_theta": 10000.0}, "rope_theta.*of both kinds of layers"),
         (OLMO_3, {"clip_qkv": 8.0}, "clip_qkv"),
-        (OLMO_3, {"rope_parameters": {"sliding_attention": None, "full_attention": {"rope_theta": 1.0}}}, "twice"),
+        (
+            OLMO_3,
+            {"rope_parameters": {"sliding_attention": None, "full_attention": {"rope_theta": 1.0}}},
+            "for each of",
+        ),
+        (
+            OLMO_3,
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 5e5}, "full_attention": YARN}},
+            "for each of",
+        ),
+        (OLMO_3, {"rope_parameters": YARN | {"rope_theta": 5e5}}, "'rope_theta' for each of.*would take its own"),
+        (OLMO_3, {"rope_parameters": {kind: {"rope_theta": 1.0} for kind in families.LAYER_TYPES}}, "twice"),
+        (OLMO_3, {"rope_scaling": YARN | {"truncate": False}}, "truncate"),
+        (GEMMA_3_270M, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "for each of"),
+        (GEMMA_3_270M, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "for each of"),
+        (GEMMA_3_270M, {"rope_parameters": {}}, "for each of"),
+        (GEMMA_3_270M, {"rope_parameters": []}, "rope_parameters.* is not a JSON object"),
         (GEMMA_3_270M, {"sliding_window": None}, "layer_types"),
-        (GEMMA_3_270M, {"rope_parameters": {"sliding_attention": {"rope_theta": 1.0}}}, "rope_local_base_freq"),
+        (
+            GEMMA_3_270M,
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 1.0}, "full_attention": {"rope_theta": 1e6}}},
+            "rope_local_base_freq",
+        ),
         (LLAMA_3_2_3B, {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling.*factor"),
         (LLAMA_3_2_3B, {"rope_scaling": ROPE | {"attention_factor": 2.0}}, "rope_scaling.*attention_factor"),
         (LLAMA_3_2_3B, {"rope_scaling": ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor"),

@@ -12,7 +12,7 @@ from real_models import real_model
 from safetensors.numpy import save_file
 
 from minalm.huggingface import families, weights
-from minalm.huggingface.families import DTYPES, parse_config, tensor_maps
+from minalm.huggingface.families import DTYPES, parse_config, stored_shape, tensor_maps
 from minalm.models.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +73,8 @@ def synthetic(folder: Path, config: ModelConfig) -> tuple[int, int]:
     random = np.random.default_rng(0)
     values = families.config_values(config, "bfloat16")
     tensors = {
-        name: random.integers(0, 0x4000, place.stored_shape, np.uint16).view(DTYPES["bfloat16"])
-        for name, place in tensor_maps(*parse_config("the test", values)).items()
+        name: random.integers(0, 0x4000, stored_shape(parts), np.uint16).view(DTYPES["bfloat16"])
+        for name, parts in tensor_maps(*parse_config("the test", values)).items()
     }
     folder.mkdir()
     (folder / "config.json").write_bytes(weights._json(values))

@@ -39,8 +39,12 @@ SIZES = {
 }
 HEAD = {"head_dim": 10}
 WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LENGTH = 64  # of Phi 3's texts before its rotary embedding changes
+LONGROPE = {"short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 8.0]}
+PHI3 = {"hidden_size": 48, "partial_rotary_factor": 0.75, "original_max_position_embeddings": LENGTH}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.25}
 FAMILIES = {  # model_type: the names of its configuration and model, its own keys
-    "llama": ("LlamaConfig", "LlamaForCausalLM", HEAD),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", HEAD | {"attention_bias": True, "mlp_bias": True}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", HEAD | WINDOW | {"query_pre_attn_scalar": 7}),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", HEAD | WINDOW | {"query_pre_attn_scalar": 7}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", WINDOW | {"use_sliding_window": True}),
@@ -48,6 +52,13 @@ FAMILIES = {  # model_type: the names of its configuration and model, its own ke
     "mistral": ("MistralConfig", "MistralForCausalLM", HEAD | {"sliding_window": 3}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
     "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", WINDOW),
+    "smollm3": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        HEAD | {"no_rope_layers": [1, 0, 0], "sliding_window": 3, "use_sliding_window": True},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", PHI3 | {"rope_scaling": {"type": "longrope", **LONGROPE}}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", HEAD | MULTIPLIERS | {"logits_scaling": 0.6}),
 }
 FULLY = ("llama", "gemma2", "gemma3_text")
 # transformers 5 renamed an argument, and warns of the old name.
@@ -127,7 +138,9 @@ def write(folder, family):
     config_name, model_name, own = FAMILIES[family]
     torch.manual_seed(7)
     plain = getattr(transformers, model_name)(
-        getattr(transformers, config_name)(**SIZES, **own, tie_word_embeddings=False, attn_implementation="eager")
+        getattr(transformers, config_name)(
+            **SIZES | copy.deepcopy(own), tie_word_embeddings=False, attn_implementation="eager"
+        )
     ).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -137,7 +150,7 @@ def write(folder, family):
                 parameter.copy_(torch.randn(parameter.shape))
             else:
                 parameter.copy_(1.5 * torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
-    table = torch.randn(ORIGINALS, SIZES["hidden_size"])
+    table = torch.randn(ORIGINALS, plain.config.hidden_size)
     originals = random_originals(3)
     folder.mkdir()
     tensors = plain.state_dict() | {"model.expand_embed_tokens.weight": table}
@@ -159,6 +172,9 @@ def write(folder, family):
         "expand_input_ids_vocab_size": ORIGINALS,
         "expand_input_ids_dict": [originals, [BOS, EOS, PAD, END]],
     }
+    if values.pop("rope_scaling", None):  # as families.py writes it: AutoTokenizer of transformers 5 asks for no more
+        original = {"original_max_position_embeddings": LENGTH}
+        values["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 10000.0, **LONGROPE, **original}
     (folder / "config.json").write_text(json.dumps(values))
     shutil.copy(FILE, folder)
     return Reference(plain, table, originals)
@@ -497,6 +513,28 @@ def test_generation_goes_on_from_a_cache(models):
         **{CACHE: cache},
     )
     check_steps(outputs, reference, [ids], 6)
+
+
+def test_a_text_that_grows_past_the_length_of_short_factors(models):
+    """Phi 3 then reads the text anew: its cache is of other positions."""
+    model, reference, folder = models("phi3")
+    ids, new = row(0, LENGTH - 3), 8
+    outputs = model.generate(
+        torch.tensor([ids]),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    text = outputs.sequences[0].tolist()
+    for step, logits in enumerate(outputs.logits):
+        assert_equal(logits[0], reference.logits(text[: len(ids) + step])[-1])
+    short = reference.logits(text[:LENGTH])
+    assert (reference.logits(text[: LENGTH + 1])[:LENGTH] - short).abs().max() > 0.1  # all positions change
+    model.save_pretrained(folder.parent / "again")
+    with torch.no_grad():
+        assert_equal(load(folder.parent / "again")(torch.tensor([text[:LENGTH]])).logits[0], short)
 
 
 def test_generate_compiles_nothing(models, monkeypatch):

@@ -15,7 +15,9 @@ from programs import equations
 
 from minalm.huggingface import weights as hf
 from minalm.models import layers, transformer
-from minalm.models.config import LinearScaling, ModelConfig, Rope, YarnScaling
+from minalm.models.config import LinearScaling, LongRopeScaling, ModelConfig, Rope, YarnScaling
+from minalm.models.generate import generate
+from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import ROWS, make_mesh, shard, shard_map, specs
 
@@ -50,6 +52,13 @@ def compute(model: Transformer, tokens: np.ndarray, fsdp: int = 1, tp: int = 1, 
         return np.asarray(run(on_mesh(model), tokens))
 
 
+def longrope(original_length: int, **settings) -> LongRopeScaling:
+    """That of the fixtures, with other settings."""
+    attention_factor = float(1.0 + np.log(64 / original_length) / np.log(original_length)) ** 0.5
+    scaling = LongRopeScaling((1.0, 1.3, 2.0), (1.5, 3.0, 8.0), attention_factor, 64 / original_length, original_length)
+    return dataclasses.replace(scaling, **settings)
+
+
 def change(model: Transformer, **settings) -> Transformer:
     return dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
 
@@ -57,7 +66,8 @@ def change(model: Transformer, **settings) -> Transformer:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name):
     model, tokens, expected = load(name)
-    assert expected.std() > 0.5 and model.config.tied == (name in ("llama3_tied", "gemma2", "gemma3", "qwen3"))
+    tied = ("llama3_tied", "gemma2", "gemma3", "gemma3_seeing", "qwen3", "smollm3")
+    assert expected.std() > 0.5 and model.config.tied == (name in tied)
     np.testing.assert_allclose(compute(model, tokens), expected, rtol=0, atol=1e-5)
 
 
@@ -66,6 +76,11 @@ def test_logits_are_those_of_transformers(name):
 def test_logits_on_a_mesh(name, fsdp, tp):
     model, tokens, expected = load(name)
     np.testing.assert_allclose(compute(model, tokens, fsdp, tp), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("llama3_biased", "smollm3", "phi3", "granite"))
+def test_logits_of_more_families_on_a_mesh(name):
+    test_logits_on_a_mesh(name, 2, 2)
 
 
 @pytest.mark.parametrize("remat", ("dots", "full"))
@@ -120,6 +135,24 @@ def test_rematerialisation_does_not_change_the_logits(remat):
         ("olmo3", {"rope": Rope(100.0)}),
         ("olmo3", {"local_rope": None}),
         ("olmo3", {"windows": (3, None, 4)}),
+        ("smollm3", {"unrotated_layers": ()}),
+        ("smollm3", {"unrotated_layers": (2,)}),
+        ("smollm3", {"unrotated_layers": (0,)}),  # the last block is rotated
+        ("smollm3", {"unrotated_layers": (0, 1, 2)}),
+        ("smollm3", {"windows": (None, None, 3)}),
+        ("phi3", {"windows": (4, 5, 5)}),
+        ("phi3", {"rope": Rope(100.0, share=0.75)}),
+        ("phi3", {"rope": Rope(100.0, longrope(16, short_factors=(1.0, 1.3, 2.0, 3.0)))}),
+        ("phi3", {"rope": Rope(1_000.0, longrope(16), 0.75)}),
+        ("phi3", {"rope": Rope(100.0, longrope(16, attention_factor=1.0), 0.75)}),
+        ("phi3", {"rope": Rope(100.0, longrope(16, short_factors=(1.1, 2.0, 4.0)), 0.75)}),
+        ("phi3", {"rope": Rope(100.0, longrope(10, attention_factor=1.5**0.5), 0.75)}),  # the long factors
+        ("phi3_long", {"rope": Rope(100.0, longrope(8, long_factors=(1.1, 2.0, 4.0)), 0.75)}),
+        ("phi3_long", {"rope": Rope(100.0, longrope(11, attention_factor=2**0.5), 0.75)}),  # the short ones
+        ("granite", {"embedding_scale": 1.0}),
+        ("granite", {"residual_scale": 1.0}),
+        ("granite", {"query_scale": None}),
+        ("granite", {"logits_divisor": 1.0}),
     ),
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )
@@ -139,6 +172,58 @@ def test_every_parameter_moves_the_logits(name):
         changed[first] += random.normal(size=changed[first].shape).astype(np.float32)
         changed = transformer.from_leaves(model.config, transformer.leaves(model) | {leaf: jnp.asarray(changed)})
         assert np.abs(compute(changed, tokens) - expected).max() > 1e-2, leaf
+
+
+@pytest.mark.parametrize("name", ("smollm3", "phi3", "granite"))
+def test_decoding_with_a_cache_is_the_whole_pass(name):
+    """Greedy continuations of 11 tokens to 16, as long as phi3's short factors go."""
+    model, tokens, _ = load(name)
+    mesh, mask = make_mesh(1, 2), VocabularyMask(*np.ones((2, 58), bool))
+    with jax.default_matmul_precision("highest"):
+        found = generate(shard(model, mesh), shard(mask, mesh), None, list(tokens), 5, None, mesh, FLOAT32)
+    text = np.concatenate([tokens, np.array(found, np.int32)], axis=1)
+    logits = compute(model, text)
+    assert np.array_equal(logits[:, 10:15].argmax(-1), text[:, 11:])
+    assert np.array_equal(text[:, 11:], found) and len(set(text[:, 11:].flat)) > 2
+
+
+def test_a_text_that_grows_past_the_length_of_short_factors_is_read_anew():
+    """From 9 and 15 tokens to 18, as if there were no cache; 16 is the last length of short factors."""
+    model, tokens, _ = load("phi3")
+    mesh, mask = make_mesh(1, 1), VocabularyMask(*np.ones((2, 58), bool))
+    prompts = [tokens[0, :9], np.concatenate([tokens[1], tokens[0, :4]])]
+    with jax.default_matmul_precision("highest"):
+        found = generate(shard(model, mesh), shard(mask, mesh), None, prompts, 9, None, mesh, FLOAT32)
+    texts = [np.concatenate([prompt, new]).astype(np.int32) for prompt, new in zip(prompts, found)]
+    for length in (16, 17):
+        logits = compute(model, np.stack([text[:length] for text in texts]))[:, -1]
+        assert logits.argmax(-1).tolist() == [text[length] for text in texts]
+    assert [len(new) for new in found] == [9, 9]
+
+
+def test_gradients_on_a_mesh():
+    """Each leaf's, of a weighted sum of logits: those of biases are summed over the devices that share them, once."""
+    model, tokens, _ = load("llama3_biased")
+
+    def gradients(fsdp, tp):
+        mesh = make_mesh(fsdp, tp)
+        layout = specs(model, mesh)
+
+        def of(model, tokens):
+            def total(model):
+                logits = forward.logits(model, tokens)
+                return jnp.sum(logits * jnp.sin(jnp.arange(logits.shape[1]))[:, None] * jnp.sign(logits))
+
+            return jax.grad(total)(model)
+
+        mapped = shard_map(of, mesh=mesh, in_specs=(layout, ROWS), out_specs=layout)
+        with jax.default_matmul_precision("highest"):
+            return transformer.leaves(jax.tree.map(np.asarray, jax.jit(mapped)(shard(model, mesh), tokens)))
+
+    one, many = gradients(1, 1), gradients(2, 2)
+    for leaf, gradient in one.items():
+        np.testing.assert_allclose(many[leaf], gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max(), err_msg=leaf)
+        assert np.abs(gradient).max() > 0 or leaf.endswith("k_bias"), leaf
 
 
 def test_a_norm_over_all_heads_is_not_one_of_each_head():

@@ -39,7 +39,8 @@ class GenerationConfig:
 
 def read_generation_config(folder: Path) -> GenerationConfig:
     """What config.json and generation_config.json of a folder say. Raises InputError."""
-    length = weights.read_json(folder / "config.json").get("max_position_embeddings")
+    file = folder / "config.json"
+    length = families.text_values(str(file), weights.read_json(file)).get("max_position_embeddings")
     return GenerationConfig(length, _read_sampling(folder))
 
 

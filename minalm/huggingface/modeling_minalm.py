@@ -25,6 +25,9 @@ FAMILIES = (
     ("MistralConfig", "MistralModel", "MistralForCausalLM"),
     ("Olmo2Config", "Olmo2Model", "Olmo2ForCausalLM"),
     ("Olmo3Config", "Olmo3Model", "Olmo3ForCausalLM"),
+    ("SmolLM3Config", "SmolLM3Model", "SmolLM3ForCausalLM"),
+    ("Phi3Config", "Phi3Model", "Phi3ForCausalLM"),
+    ("GraniteConfig", "GraniteModel", "GraniteForCausalLM"),
 )
 
 
@@ -152,7 +155,11 @@ class ExpandedCausalLM:
     def __init__(self, config):
         parameters = getattr(config, "rope_parameters", None)
         if parameters and transformers.__version__.startswith("4."):  # which knows `rope_scaling` alone
-            config.rope_scaling = parameters.get("full_attention", parameters)
+            scaling = parameters.get("full_attention", parameters)
+            if scaling.get("rope_type") == "longrope":  # it wants these names alone, when the model is loaded again
+                names = ("short_factor", "long_factor", "attention_factor")
+                scaling = {"type": "longrope"} | {name: scaling[name] for name in names if name in scaling}
+            config.rope_scaling = scaling
         super().__init__(config)
         self.model = self.trunk(config)
         self.post_init()

@@ -18,7 +18,8 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from minalm.errors import InputError
-from minalm.huggingface.families import DTYPES, MODELING, TensorMap, config_values, parse_config, tensor_maps
+from minalm.huggingface import families
+from minalm.huggingface.families import DTYPES, MODELING, Parts, TensorMap, config_values, parse_config, tensor_maps
 from minalm.models.config import ModelConfig
 from minalm.models.transformer import Transformer, abstract, from_leaves, leaves
 
@@ -133,7 +134,8 @@ def read(folder: Path) -> Transformer:
     its table under the name of either, or both if they are equal.
     """
     family, config = parse_config(str(folder / "config.json"), read_json(folder / "config.json"))
-    wanted, tensors = tensor_maps(family, config), _named(_tensors(folder), config.tied)
+    wanted, tensors = tensor_maps(family, config), _tensors(folder)
+    tensors = _named(families.text_tensors(str(folder), family, tensors), config.tied)
     tied_twice = config.tied and "lm_head.weight" in tensors
     if tied_twice:
         wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
@@ -151,8 +153,8 @@ def read_part(file: Path) -> dict[str, LazyTensor]:
     """
     family, config = parse_config(str(file.parent / "config.json"), read_json(file.parent / "config.json"))
     names, tensors = tensor_maps(family, config), _open(file)
-    held = {names[name].leaf for name in tensors if name in names}
-    wanted = {name: tensor_map for name, tensor_map in names.items() if tensor_map.leaf in held}
+    held = {part.leaf for name in tensors for part in names.get(name, ())}
+    wanted = {name: parts for name, parts in names.items() if parts[0].leaf in held}
     _check_tensors(file, wanted, tensors)
     every = _lazy_tensors(config, wanted, tensors)
     return {leaf: every[leaf] for leaf in every if leaf in held}
@@ -197,7 +199,7 @@ def new_folder(
     dtype: Literal["bfloat16", "float32"],
     keys: Mapping[str, Any] | None,
     files: Mapping[str, bytes | dict[str, Any]] | None,
-) -> Iterator[tuple[Path, dict[str, TensorMap]]]:
+) -> Iterator[tuple[Path, dict[str, Parts]]]:
     """A new folder with config.json and the other files, to write tensors into; and the names of the model's tensors.
 
     The folder gets its name when the caller is done. After an error nothing is left. Arguments and errors as of `save`.
@@ -219,31 +221,32 @@ def new_folder(
         raise
 
 
-def write_part(file: Path, arrays: Mapping[str, Any], names: Mapping[str, TensorMap], dtype: np.dtype | None) -> None:
-    """A safetensors file of those of the tensors `names` whose leaf is in `arrays`, in `dtype` (None: each in its own).
+def write_part(file: Path, arrays: Mapping[str, Any], names: Mapping[str, Parts], dtype: np.dtype | None) -> None:
+    """A safetensors file of those tensors of `names` whose leaves are in `arrays`, in `dtype` (None: each in its own).
 
     Why not safetensors' own writer (0.8): it takes the memory addresses of all tensors of a file at once. To have one
     tensor at a time on the host, it would need a second copy of the model on disk, mapped into memory. It also sorts
     the tensors, so that its files would differ from those of earlier versions of this package.
     """
-    names = {name: tensor_map for name, tensor_map in names.items() if tensor_map.leaf in arrays}
-    dtypes = {name: np.dtype(dtype or arrays[tensor_map.leaf].dtype) for name, tensor_map in names.items()}
+    names = {name: parts for name, parts in names.items() if any(part.leaf in arrays for part in parts)}
+    dtypes = {name: np.dtype(dtype or arrays[parts[0].leaf].dtype) for name, parts in names.items()}
     words = {dtype: word for word, dtype in STORED_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor_map in names.items():
-        start, end = end, end + math.prod(tensor_map.shape) * dtypes[name].itemsize
-        shape = tensor_map.stored_shape
+    for name, parts in names.items():
+        shape = families.stored_shape(parts)
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
         header[name] = {"dtype": words[dtypes[name]], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with file.open("xb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor_map in names.items():
-            tensor = tensor_map.to_stored(_fetch(arrays[tensor_map.leaf], tensor_map))
-            for row in range(0, len(tensor), BLOCK):
-                block = np.ascontiguousarray(tensor[row : row + BLOCK].astype(dtypes[name], copy=False))
-                out.write(block.view(np.uint8).data)
+        for name, parts in names.items():
+            for part in parts:
+                tensor = part.to_stored(_fetch(arrays[part.leaf], part))
+                for row in range(0, len(tensor), BLOCK):
+                    block = np.ascontiguousarray(tensor[row : row + BLOCK].astype(dtypes[name], copy=False))
+                    out.write(block.view(np.uint8).data)
 
 
 # --- tensors in files ---------------------------------------------------------------------------------------------
@@ -320,15 +323,15 @@ def _open(file: Path) -> dict[str, Any]:
     return tensors
 
 
-def _check_tensors(source: Path, wanted: Mapping[str, TensorMap], tensors: Mapping[str, Any]) -> None:
+def _check_tensors(source: Path, wanted: Mapping[str, Parts], tensors: Mapping[str, Any]) -> None:
     """Raises InputError unless there are all of the wanted tensors, in their shapes, and no others."""
-    for name, tensor_map in wanted.items():
+    for name, parts in wanted.items():
         if name not in tensors:
             raise InputError(f"{source} lacks the tensor {name}: take the files of the original model, all of them")
-        if (shape := tuple(tensors[name].get_shape())) != tensor_map.stored_shape:
+        if (shape := tuple(tensors[name].get_shape())) != (needed := families.stored_shape(parts)):
             raise InputError(
                 f"{source}: the tensor {name} has the shape {shape} where config.json asks for "
-                f"{tensor_map.stored_shape}: take config.json and tensors from the same model"
+                f"{needed}: take config.json and tensors from the same model"
             )
     if unexpected := sorted(tensors.keys() - wanted.keys()):
         raise InputError(
@@ -338,12 +341,13 @@ def _check_tensors(source: Path, wanted: Mapping[str, TensorMap], tensors: Mappi
 
 
 def _lazy_tensors(
-    config: ModelConfig, wanted: Mapping[str, TensorMap], tensors: Mapping[str, Any]
+    config: ModelConfig, wanted: Mapping[str, Parts], tensors: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """Every leaf of a model, of its tensors; the stacked blocks of a model of one layer have none."""
     held: dict[str, list[tuple[TensorMap, Any]]] = {}
-    for name, tensor_map in wanted.items():
-        held.setdefault(tensor_map.leaf, []).append((tensor_map, tensors[name]))
+    for name, parts in wanted.items():
+        for part in parts:
+            held.setdefault(part.leaf, []).append((part, tensors[name]))
     result = {}
     for leaf, array in leaves(abstract(config)).items():
         parts = sorted(held.get(leaf, []), key=lambda part: part[0].layer or 0)
@@ -369,14 +373,14 @@ def _check_equal(folder: Path, tensors: Mapping[str, Any], first: str, second: s
 
 
 def _write_shards(
-    folder: Path, arrays: Mapping[str, Any], names: Mapping[str, TensorMap], dtype: np.dtype, shard_size: int
+    folder: Path, arrays: Mapping[str, Any], names: Mapping[str, Parts], dtype: np.dtype, shard_size: int
 ) -> None:
     """Writes model.safetensors, or where that would be larger than `shard_size` bytes, numbered files and an index."""
     from huggingface_hub import split_state_dict_into_shards_factory  # import time that reading need not pay
 
     split = split_state_dict_into_shards_factory(
         dict(names),
-        get_storage_size=lambda tensor_map: math.prod(tensor_map.shape) * dtype.itemsize,
+        get_storage_size=lambda parts: math.prod(families.stored_shape(parts)) * dtype.itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_size,
     )

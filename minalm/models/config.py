@@ -46,16 +46,41 @@ class YarnScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor of its own for each frequency, in two sets (Phi 3).
+
+    Sequences within the original length have the short ones, longer sequences the long ones, from their first position
+    on. The length is that of the arrays, padding included, as in a batch of transformers; of a cache, all that it has
+    room for. A text that grows past the original length is read anew there (generate.py).
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    attention_factor: float  # multiplies queries and keys, whatever the length
+    factor: float  # times the original length: the longest sequence. Nothing is computed by it
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of a layer."""
 
     theta: float = 10_000.0
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
+    share: float = 1.0  # of the channels of a head that are turned: the first ones
 
-    def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
-        """Radians per position of each rotary channel pair, after scaling."""
+    def channels(self, head_dim: int) -> int:
+        """How many of a head's channels are turned."""
+        return int(self.share * head_dim)
+
+    def inverse_frequencies(self, head_dim: int, length: int = 1) -> Float[np.ndarray, " half"]:
+        """Radians per position of each rotary channel pair, after scaling, in sequences of this length."""
+        head_dim = self.channels(head_dim)
         frequencies = 1.0 / self.theta ** (np.arange(0, head_dim, 2) / head_dim)
         scaling = self.scaling
+        if isinstance(scaling, LongRopeScaling):
+            long = length > scaling.original_length
+            return (frequencies / (scaling.long_factors if long else scaling.short_factors)).astype(np.float32)
         if scaling is None:
             share = np.ones_like(frequencies)  # of each frequency, how much is kept rather than divided by the factor
         elif isinstance(scaling, LinearScaling):
@@ -81,7 +106,7 @@ class Rope:
     @property
     def magnitude(self) -> float:
         """The factor on queries and keys."""
-        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
+        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
 
 
 class LayerSettings(eqx.Module):
@@ -105,6 +130,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]  # per layer: how many positions a query sees, itself included; None: all
     rope: Rope = Rope()
     local_rope: Rope | None = None  # of layers with a window; None: the same as everywhere
+    unrotated_layers: tuple[int, ...] = ()  # whose queries and keys know no positions (NoPE)
     query_scale: float | None = None  # factor on the scores; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None
     final_softcap: float | None = None
@@ -114,8 +140,12 @@ class ModelConfig:
     post_norms: bool = False  # a norm after attention and after the MLP
     qk_norm: Literal["head", "all"] | None = None  # a norm of queries and keys: of each head, or over all heads
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # factor on what attention and MLP add to the states
+    logits_divisor: float = 1.0
     tied: bool = True  # the unembedding is the embedding table
     expansion_size: int | None = None  # rows of the original table added at input (byte students); None: no expansion
     model_type: str | None = None  # Hugging Face's name for it, for the way back; nothing is computed by it
@@ -125,20 +155,23 @@ class ModelConfig:
         return 1.0 / math.sqrt(self.head_dim) if self.query_scale is None else self.query_scale
 
     @property
-    def ropes(self) -> tuple[Rope, ...]:
-        """The distinct rotary embeddings of the layers."""
-        return tuple(dict.fromkeys(map(self._rope, self.windows)))
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The distinct rotary embeddings of the layers; None: not rotated."""
+        return tuple(dict.fromkeys(map(self._rope, range(self.layers))))
 
     def layer_settings(self) -> tuple[LayerSettings, LayerSettings]:
         """Of the stacked layers 0..n-2, and of the last one."""
         ropes = self.ropes
         settings = LayerSettings(
             window=np.array([window or FULL_ATTENTION for window in self.windows], np.int32),
-            rope=np.array([ropes.index(self._rope(w)) for w in self.windows], np.int32) if len(ropes) > 1 else None,
+            rope=np.array([*map(ropes.index, map(self._rope, range(self.layers)))], np.int32)
+            if len(ropes) > 1
+            else None,
         )
         stacked = jax.tree.map(lambda array: array[:-1], settings)
         return stacked, jax.tree.map(lambda array: np.asarray(array[-1]), settings)
 
-    def _rope(self, window: int | None) -> Rope:
-        """The rotary embedding of a layer with this window."""
-        return self.local_rope if window and self.local_rope else self.rope
+    def _rope(self, layer: int) -> Rope | None:
+        if layer in self.unrotated_layers:
+            return None
+        return self.local_rope if self.windows[layer] and self.local_rope else self.rope

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int, PRNGKeyArray
 
+from minalm.models.config import LongRopeScaling
 from minalm.models.head import VocabularyMask, block_logits
 from minalm.models.transformer import Cache, Transformer
 from minalm.parallel.collectives import gather_channels
@@ -40,7 +41,7 @@ def next_logits(
     x, _, stacked = model.stacked_blocks(x, positions, cache=caches[0])
     x, single = model.last_block(x, positions, cache=caches[1])
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    hidden = model.final_norm(x)[:, 0]
+    hidden = model.before_head(model.final_norm(x))[:, 0]
     logits = block_logits(hidden, gather_channels(model.unembedding, dtype), mask.exists, model.config.final_softcap)
     return logits, (stacked, single)
 
@@ -81,6 +82,28 @@ def generate(
 
     `suffixes` gives the expansion ids of rows of inputs (suffixes.py), for a model that has an expansion table.
     """
+
+    def continued(prompts, new_tokens):
+        return _continuations(model, mask, suffixes, prompts, new_tokens, mesh, dtype, temperature, seed)
+
+    scalings = [rope.scaling for rope in model.config.ropes if rope is not None]
+    limits = [scaling.original_length for scaling in scalings if isinstance(scaling, LongRopeScaling)]
+    continuations = []
+    if any(min(map(len, prompts)) <= limit < max(map(len, prompts)) + new_tokens - 1 for limit in limits):
+        # A text that is longer than this is read anew, since all its keys change: each row by itself.
+        for prompt in prompts:
+            ids = np.asarray(prompt)
+            first = min(max(limits[0] + 1 - len(ids), 0), new_tokens)
+            for count in (first, new_tokens - first):
+                ids = np.concatenate([ids, continued([ids], count)[0]]).astype(np.int32) if count else ids
+            continuations.append(ids[len(prompt) :].tolist())
+    else:
+        continuations = continued(prompts, new_tokens)
+    return [new[: new.index(stop)] if stop in new else new for new in continuations]
+
+
+def _continuations(model, mask, suffixes, prompts, new_tokens, mesh, dtype, temperature, seed) -> list[list[int]]:
+    """Those of `generate`, with one cache and without stops."""
     batch = (
         len(prompts) + -len(prompts) % mesh.shape["fsdp"]
     )  # the devices divide the rows; nobody reads the added ones
@@ -110,7 +133,7 @@ def generate(
         keys = jax.random.split(jax.random.key(seed), new_tokens)
         return sample(logits, temperature, keys[number])
 
-    caches = empty_caches(model, batch, ids.shape[1], mesh, dtype)
+    caches = empty_caches(model, batch, ids.shape[1] - 1, mesh, dtype)  # the last id is not read
     rows = np.arange(batch)
     positions = np.arange(lengths.max())[None].repeat(batch, 0)
     for number in range(new_tokens):
@@ -120,7 +143,4 @@ def generate(
         logits, caches = step(model, mask, caches, inputs, expanded, positions, last)
         ids[rows, lengths + number] = jax.device_get(choose(logits, number))
         positions = (lengths + number)[:, None]
-    continuations = [
-        ids[row, length : length + new_tokens].tolist() for row, length in zip(range(len(prompts)), lengths)
-    ]
-    return [new[: new.index(stop)] if stop in new else new for new in continuations]
+    return [ids[row, length : length + new_tokens].tolist() for row, length in zip(range(len(prompts)), lengths)]

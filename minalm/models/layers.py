@@ -85,6 +85,11 @@ def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shap
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """x times a factor that is not rounded to the dtype of x (Granite)."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def rotation(
     positions: Int[Array, "rows time"],
     inverse_frequencies: Float[np.ndarray, " half"],
@@ -101,11 +106,12 @@ def rotate(
 ) -> Float[Array, "batch time heads head_dim"]:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864).
 
-    Channel i turns with channel i + head_dim / 2, as in Hugging Face weights.
+    Channel i turns with channel i + half, as in Hugging Face weights; channels from 2 half on stay what they are.
     """
-    first, second = jnp.split(x, 2, axis=-1)
     sin, cos = rotation
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = sin.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def attend(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -39,6 +40,7 @@ class Attention(eqx.Module):
     q_bias: Float[Array, "*stack heads_x_head_dim"] | None = param(None)
     k_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param(None)
     v_bias: Float[Array, "*stack kv_heads_x_head_dim"] | None = param(None)
+    o_bias: Float[Array, "*stack embed"] | None = param(None)
     q_norm: Float[Array, "*stack q_norm"] | None = param(None)  # head_dim, or heads * head_dim
     k_norm: Float[Array, "*stack k_norm"] | None = param(None)
 
@@ -47,6 +49,9 @@ class MLP(eqx.Module):
     gate: Float[Array, "*stack embed mlp"] = param("fsdp", "tp")
     up: Float[Array, "*stack embed mlp"] = param("fsdp", "tp")
     down: Float[Array, "*stack mlp embed"] = param("tp", "fsdp")
+    gate_bias: Float[Array, "*stack mlp"] | None = param("tp")
+    up_bias: Float[Array, "*stack mlp"] | None = param("tp")
+    down_bias: Float[Array, "*stack embed"] | None = param(None)
 
 
 class Cache(eqx.Module):
@@ -81,14 +86,18 @@ class Block(eqx.Module):
         def norm(value, weight):
             return value if weight is None else layers.rms_norm(value, weight, config.norm_eps, config.norm_plus_one)
 
+        def biased(value, bias):
+            return value if bias is None else value + bias
+
         def project(value, weight, bias, heads):
             if weight.shape[1] == heads:  # not divided over tp, or there is one device
                 weight = tp_share(weight, axis=1)
-            projected = layers.project(value, weight)
-            return projected if bias is None else projected + tp_share(bias.reshape(heads, -1))
+            return biased(layers.project(value, weight), None if bias is None else tp_share(bias.reshape(heads, -1)))
 
-        def summed(value):
-            return checkpoint_name(tp_sum(value), SUMMED)
+        def added(value, bias, weight):
+            """What is added to the states, of this device's part of a product."""
+            whole = biased(checkpoint_name(tp_sum(value), SUMMED), bias)  # the bias once, not on each device
+            return layers.scaled(norm(whole, weight), config.residual_scale)
 
         def rotate(value, weight):
             if weight is not None:
@@ -106,12 +115,13 @@ class Block(eqx.Module):
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
             mixed = layers.attend(q, cache.k, cache.v, positions, settings.window, *scoring)
-        x = x + norm(summed(layers.project(mixed, attention.o, inner=2)), weights.attention_post_norm)
+        x = x + added(layers.project(mixed, attention.o, inner=2), attention.o_bias, weights.attention_post_norm)
 
-        normed = norm(x, weights.mlp_norm)
+        normed, mlp = norm(x, weights.mlp_norm), weights.mlp
         activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
-        gated = activation(layers.project(normed, weights.mlp.gate)) * layers.project(normed, weights.mlp.up)
-        x = x + norm(summed(layers.project(gated, weights.mlp.down)), weights.mlp_post_norm)
+        gate = activation(biased(layers.project(normed, mlp.gate), mlp.gate_bias))
+        gated = gate * biased(layers.project(normed, mlp.up), mlp.up_bias)
+        x = x + added(layers.project(gated, mlp.down), mlp.down_bias, weights.mlp_post_norm)
         return x, cache
 
 
@@ -199,6 +209,7 @@ class Transformer(eqx.Module):
         if states_at is not None:
             final = pick(x, states_at)[:, None]
             states = final if states is None else jnp.concatenate([states, final], axis=1)
+        x = self.before_head(x)
         stats = token_stats(x, tokens.targets, self.unembedding, mask, self.config.final_softcap)
         return ModelOutput(stats, states)
 
@@ -211,7 +222,7 @@ class Transformer(eqx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch time embed"], Float[Array, "batch depth chunk embed"] | None, Cache | None]:
         """All but the last block: their output, the states at `states_at` (of x too), and the cache with x added."""
-        rotation = rotary_tables(self.config, positions, x.dtype)
+        rotation = rotary_tables(self.config, positions, cache, x.dtype)
         settings, _ = self.config.layer_settings()
 
         def body(x, layer):
@@ -233,7 +244,9 @@ class Transformer(eqx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
         """The last block's output, and its cache with x added."""
-        rotation = rotary_tables(self.config, positions, x.dtype)  # the compiler shares it with the stacked blocks
+        rotation = rotary_tables(
+            self.config, positions, cache, x.dtype
+        )  # the compiler shares it with the stacked blocks
         _, settings = self.config.layer_settings()
 
         def body(last, x, cache):
@@ -244,6 +257,10 @@ class Transformer(eqx.Module):
 
     def final_norm(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
         return layers.rms_norm(x, self.norm, self.config.norm_eps, self.config.norm_plus_one)
+
+    def before_head(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
+        """What the head reads of the states after the final norm: divided, and so are the logits (Granite)."""
+        return layers.scaled(x, 1.0 / self.config.logits_divisor)
 
 
 def checkpointed(body: Callable, remat: Remat, also: tuple[str, ...] = ()) -> Callable:
@@ -261,12 +278,22 @@ def pick(
     return None if positions is None else jnp.take_along_axis(x, jnp.maximum(positions, 0)[..., None], axis=1)
 
 
-def rotary_tables(config: ModelConfig, positions: Int[Array, "rows time"], dtype: jnp.dtype) -> layers.Rotation:
-    """Sines and cosines for all layers: one table, or a stack of one for each of `config.ropes` if these are several."""
-    tables = [
-        layers.rotation(positions, rope.inverse_frequencies(config.head_dim), rope.magnitude, dtype)
-        for rope in config.ropes
-    ]
+def rotary_tables(
+    config: ModelConfig, positions: Int[Array, "rows time"], cache: Cache | None, dtype: jnp.dtype
+) -> layers.Rotation:
+    """Sines and cosines for all layers: one table, or a stack of one for each of `config.ropes` if these are several.
+
+    Without a cache the positions are those of whole sequences.
+    """
+    length = positions.shape[1] if cache is None else cache.k.shape[-3]
+
+    def table(rope):
+        if rope is None:  # turned by nothing: the numbers stay exactly what they are
+            half = config.rope.channels(config.head_dim) // 2
+            return layers.rotation(positions, np.zeros(half, np.float32), 1.0, dtype)
+        return layers.rotation(positions, rope.inverse_frequencies(config.head_dim, length), rope.magnitude, dtype)
+
+    tables = [table(rope) for rope in config.ropes]
     return tables[0] if len(tables) == 1 else jax.tree.map(lambda *table: jnp.stack(table), *tables)
 
 
@@ -287,8 +314,8 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
             channels = {"head": c.head_dim, "all": heads * c.head_dim}
             return None if c.qk_norm is None else identity(*stack, channels[c.qk_norm])
 
-        def bias(heads):
-            return jnp.zeros((*stack, heads * c.head_dim), jnp.float32) if c.qkv_bias else None
+        def bias(wanted, size):
+            return jnp.zeros((*stack, size), jnp.float32) if wanted else None
 
         def norms(wanted):
             return (identity(*stack, c.embed), identity(*stack, c.embed)) if wanted else (None, None)
@@ -298,9 +325,10 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
             k=normal(*stack, c.embed, c.kv_heads, c.head_dim),
             v=normal(*stack, c.embed, c.kv_heads, c.head_dim),
             o=normal(*stack, c.heads, c.head_dim, c.embed, scale=out),
-            q_bias=bias(c.heads),
-            k_bias=bias(c.kv_heads),
-            v_bias=bias(c.kv_heads),
+            q_bias=bias(c.qkv_bias, c.heads * c.head_dim),
+            k_bias=bias(c.qkv_bias, c.kv_heads * c.head_dim),
+            v_bias=bias(c.qkv_bias, c.kv_heads * c.head_dim),
+            o_bias=bias(c.o_bias, c.embed),
             q_norm=head_norm(c.heads),
             k_norm=head_norm(c.kv_heads),
         )
@@ -308,6 +336,9 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
             gate=normal(*stack, c.embed, c.mlp),
             up=normal(*stack, c.embed, c.mlp),
             down=normal(*stack, c.mlp, c.embed, scale=out),
+            gate_bias=bias(c.mlp_bias, c.mlp),
+            up_bias=bias(c.mlp_bias, c.mlp),
+            down_bias=bias(c.mlp_bias, c.embed),
         )
         return Block(attention, mlp, *norms(c.pre_norms), *norms(c.post_norms))
 
