@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from real_tokenizers import real_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 import convert
 from minalm.errors import InputError
@@ -183,8 +183,11 @@ def test_real_vocabularies_come_out_again(tmp_path, source, base):
         assert getattr(found, field) == getattr(vocabulary, field), field
 
 
-def test_ids_with_holes_are_refused(tmp_path):
-    vocabulary = load_vocabulary(small.save(tmp_path / "base", small.byte_level(), small.CHATML))
+def test_ids_that_no_tokenizer_json_can_give_are_refused(tmp_path):
+    """A Unigram model's pieces have their ids by their order, so nothing can stand behind a hole."""
+    pieces = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)] + [("<unk>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, 256, byte_fallback=True))
+    vocabulary = load_vocabulary(small.save(tmp_path / "base", tokenizer, ["<s>"]))
     with pytest.raises(InputError, match="cannot give '<new>' the id 1000"):
         tokenizer_json.tokenizer_json(dataclasses.replace(vocabulary, special={**vocabulary.special, "<new>": 1000}))
 
