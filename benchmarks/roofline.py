@@ -372,13 +372,22 @@ def _sent(program: Program, computation: Computation, instruction: Instruction) 
 
 
 def _groups(program: Program, instruction: Instruction) -> Groups:
-    """The groups of devices of a collective: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, or all in one where none
-    are named. Of a permutation, its pairs of sender and receiver."""
+    """The groups of devices of a collective: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, `mesh['fsdp'=2,'tp'=2]
+    {'tp'}`, or all in one where none are named. Of a permutation, its pairs of sender and receiver."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", instruction.rest)
     if listed is not None:
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
     counted = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
+    named = re.search(r"replica_groups=mesh\[([^\]]+)\] \{([^}]*)\}", instruction.rest)
+    if named is not None:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        own = re.findall(r"'(\w+)'", named[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        ids = np.moveaxis(ids, [list(sizes).index(axis) for axis in own], range(-len(own), 0))
+        return tuple(map(tuple, ids.reshape(-1, math.prod(sizes[axis] for axis in own)).tolist()))
     if counted is None:
+        if re.search(r"replica_groups=(?!\{\})", instruction.rest) is not None:
+            raise ValueError(f"groups of devices in an unknown form: {instruction.rest}")
         return (tuple(range(program.devices)),)
     shape, dims = ([int(size) for size in part.split(",")] for part in counted.groups()[:2])
     ids = np.arange(math.prod(dims)).reshape(dims)

@@ -439,6 +439,11 @@ def test_groups_of_devices():
     assert groups("source_target_pairs={{0,1},{1,0}}") == ((0, 1), (1, 0))
     assert groups("replica_groups=[2,2]<=[4]") == ((0, 1), (2, 3))
     assert groups("replica_groups=[2,2]<=[2,2]T(1,0)") == ((0, 2), (1, 3))
+    assert groups("replica_groups=mesh['fsdp'=2,'tp'=2] {'fsdp'}, dimensions={0}") == ((0, 2), (1, 3))
+    assert groups("replica_groups=mesh['fsdp'=2,'tp'=2] {'tp'}") == ((0, 1), (2, 3))
+    assert groups("replica_groups=mesh['fsdp'=2,'tp'=2] {'fsdp','tp'}") == ((0, 1, 2, 3),)
+    with pytest.raises(ValueError, match="unknown form"):
+        groups("replica_groups=something")
     assert groups("dimensions={0}") == ((0, 1, 2, 3),)
 
 
