@@ -65,7 +65,7 @@ Flat = tyro.conf.arg(name="")  # the flags of a group without its name
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. Each group is declared beside the code that it configures, and no code but this file sees all of them."""
+    """One run. Each group is declared beside the code that it configures; this file alone sees all of them."""
 
     run: Annotated[RunConfig, Flat]
     optimizer: Annotated[OptimizerConfig, Flat]
@@ -118,8 +118,8 @@ class Frozen(eqx.Module):
 def initial_state(
     models: Models, mesh: Mesh, optimizer: optax.GradientTransformation, dtype: jnp.dtype, put: Callable = shard
 ) -> tuple[State, Frozen]:
-    """The initial state, and what training does not change: on the mesh, trained parameters in float32, others in `dtype`.
-    With `shard_shapes` as `put`, their shapes."""
+    """The initial state, and what training does not change: on the mesh, trained parameters in float32, others in
+    `dtype`. With `shard_shapes` as `put`, their shapes."""
     trained, frozen = eqx.partition(models.student.model, models.trained)
     trained, teacher = put(trained, mesh, jnp.float32), models.teacher
     init = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh))
@@ -137,8 +137,8 @@ def initial_state(
 def gradients(
     config: LossConfig, compute: ComputeConfig, student: Model, frozen: Frozen, batch: Batch
 ) -> tuple[Model, dict[str, jax.Array]]:
-    """The gradient of the balanced losses over the whole batch, and what to log. Runs inside `shard_map`. The teacher reads
-    first, so that what the losses divide by is known before the student runs."""
+    """The gradient of the balanced losses over the whole batch, and what to log. Runs inside `shard_map`. The teacher
+    reads first, so that what the losses divide by is known before the student runs."""
     dtype, remat, parts = compute.dtype, compute.remat, compute.accumulation
     states, all_states = config.needs_states, config.compares_all_layers  # hidden states, compared where chunks end
 
@@ -237,8 +237,8 @@ def main(config: Config) -> None:
 def train(
     config: Config, recorder: Recorder, optimizer: optax.GradientTransformation, state: State, frozen: Frozen
 ) -> None:
-    """The loop, and the student as a Hugging Face folder. Step n is dispatched before the numbers of step n - 1 are fetched.
-    A checkpoint is written last in its step, so that a resumed run has every log row up to it."""
+    """The loop, and the student as a Hugging Face folder. Step n is dispatched before the numbers of step n - 1 are
+    fetched. A checkpoint is written last in its step, so that a resumed run has every log row up to it."""
     run = recorder.run
     first, last, mesh, dtype = int(state.step), config.optimizer.steps, recorder.texts.mesh, config.compute.dtype
     update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)

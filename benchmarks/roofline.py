@@ -1,7 +1,8 @@
 """What a compiled step moves through memory and over the network, read from the text of its program, and bounds.
 
 Nothing runs and nothing is timed. Each instruction counts as often as the loops around it go round, unlike in the
-compiler's own `cost_analysis`, which counts the body of a loop once. `least_sent` is what the same mathematics must send.
+compiler's own `cost_analysis`, which counts the body of a loop once. `least_sent` is what the same mathematics must
+send.
 """
 
 import dataclasses
@@ -61,7 +62,8 @@ def rates(topology: Topology) -> Rates:
 
 
 def links(topology: Topology) -> tuple[int, ...]:
-    """Along each physical axis, the links of the chip that has the fewest: two along a ring, one at the end of a row."""
+    """Along each physical axis, the links of the chip that has the fewest: two along a ring, one at the end of a
+    row."""
     closes = rates(topology).closes
     return tuple(
         0 if size == 1 else 2 if size > 2 and closes(topology.shape, axis) else 1
@@ -209,14 +211,15 @@ class Traffic:
 
 
 def traffic(program: Program, trips: bool = True, fast: bool = False) -> Traffic:
-    """What a compiled program moves, by the model of memory of XLA's own cost analysis: an instruction reads its operands
-    and writes its results, of which slices and updates in place touch a slice, and what a fusion holds inside costs
-    nothing. A collective counts once, where it starts or where the fusion that it became part of does.
+    """What a compiled program moves, by the model of memory of XLA's own cost analysis: an instruction reads its
+    operands and writes its results, of which slices and updates in place touch a slice, and what a fusion holds inside
+    costs nothing. A collective counts once, where it starts or where the fusion that it became part of does.
 
     `trips` counts the body of a loop as often as it goes round, and `fast` counts what lies in the chip's fast memory
-    too. Without trips and with fast memory, a CPU's program gives what `cost_analysis()["bytes accessed"]` says. A TPU's
-    gives about a quarter less, on purpose: there an asynchronous copy counts again where it ends, and a slice or an
-    update behind a bitcast counts as the whole. Kernels, which count for nothing there, read operands and write results.
+    too. Without trips and with fast memory, a CPU's program gives what `cost_analysis()["bytes accessed"]` says. A
+    TPU's gives about a quarter less, on purpose: there an asynchronous copy counts again where it ends, and a slice or
+    an update behind a bitcast counts as the whole. Kernels, which count for nothing there, read operands and write
+    results.
     """
 
     @cache
@@ -372,8 +375,9 @@ def _sent(program: Program, computation: Computation, instruction: Instruction) 
 
 
 def _groups(program: Program, instruction: Instruction) -> Groups:
-    """The groups of devices of a collective: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`, `mesh['fsdp'=2,'tp'=2]
-    {'tp'}`, or all in one where none are named. Of a permutation, its pairs of sender and receiver."""
+    """The groups of devices of a collective: `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)`,
+    `mesh['fsdp'=2,'tp'=2] {'tp'}`, or all in one where none are named. Of a permutation, its pairs of sender and
+    receiver."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", instruction.rest)
     if listed is not None:
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))

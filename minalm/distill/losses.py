@@ -1,7 +1,7 @@
 """The losses: arithmetic on [batch, time] and [batch, chunk] arrays, averaged over the whole batch on every mesh.
 
-To add a loss, write its function here or in a file beside this one, give it a weight in `LossConfig`, and enter it under
-the name of that weight in `LOSSES`. Its value must be summed over all devices, as `means.mean` does.
+To add a loss, write its function here or in a file beside this one, give it a weight in `LossConfig`, and enter it
+under the name of that weight in `LOSSES`. Its value must be summed over all devices, as `means.mean` does.
 
 l is the log-probability of a chunk, p = exp(l / tau); subscripts T teacher, S student. Sections and equations are those
 of Minixhofer, Vulić, Ponti: Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching (arXiv

@@ -28,8 +28,8 @@ def in_parts(read: Callable[[Batch], ModelOutput], batch: Batch, parts: int) -> 
 def after(teacher: ModelOutput, batch: Batch) -> Batch:
     """The batch, for a student that runs when the teacher is done, whose logits are then gone from memory.
 
-    Adds to the student's inputs a number of the teacher's that is 0 unless its log-probabilities hold a NaN: XLA on CPU drops an
-    `optimization_barrier` before it chooses the order of a program.
+    Adds to the student's inputs a number of the teacher's that is 0 unless its log-probabilities hold a NaN: XLA on CPU
+    drops an `optimization_barrier` before it chooses the order of a program.
     """
     done = jnp.isnan(jnp.sum(teacher.stats.logp)).astype(jnp.int32)
     return eqx.tree_at(lambda batch: batch.student.inputs, batch, batch.student.inputs + done)

@@ -185,7 +185,8 @@ def _define(config_name: str, trunk_name: str, model_name: str) -> None:
     family = getattr(transformers, config_name)
     config = define(config_name, (family,), model_type=f"tpu_{family.model_type}")
     trunk = define(trunk_name, (ExpandedTrunk, getattr(transformers, trunk_name)), config_class=config)
-    # The mixin is in the family's class already, but transformers looks for it among the bases, or adds it by a subclass.
+    # The mixin is in the family's class already, but transformers looks for it among the bases, or adds it by a
+    # subclass.
     bases = (ExpandedCausalLM, getattr(transformers, model_name), transformers.GenerationMixin)
     define(model_name, bases, config_class=config, trunk=trunk)
 

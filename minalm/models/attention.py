@@ -32,14 +32,15 @@ Form = Literal["kernel_interpreted", "blocks"]
 # Off until the test of its numbers has passed on a GPU (docs/performance.md).
 USE_CUDNN = False
 
-# Of the blocks. On a CPU, 128 queries were the fastest of 64 to 512. All blocks of a span read the keys up to the end of
-# the span: with 8 spans, 9/16 of the square of queries and keys are computed in long sequences. Causality asks for 1/2.
-# The program has 8 loops whatever the length.
+# Of the blocks. On a CPU, 128 queries were the fastest of 64 to 512. All blocks of a span read the keys up to the end
+# of the span: with 8 spans, 9/16 of the square of queries and keys are computed in long sequences. Causality asks for
+# 1/2. The program has 8 loops whatever the length.
 QUERY_BLOCK = 128
 SPANS = 8
 
 # Of the TPU kernel. Blocks of 512 keep the matrix unit busy. At head_dim 256, forward and backward fit the 16 MiB of
-# vector memory that a v4 gives a kernel. Blocks of 1024 do not, and would visit 3/4 of the square at length 2048, not 5/8.
+# vector memory that a v4 gives a kernel. Blocks of 1024 do not, and would visit 3/4 of the square at length 2048, not
+# 5/8.
 LANES = 128
 KERNEL_BLOCK = 512
 KERNEL_HEAD_DIM = 256  # the largest tried
@@ -127,10 +128,10 @@ def _by_window(of_window, setting, window, arguments):
     """`of_window(size, *arguments)` for this layer's window, one branch per distinct size.
 
     Kernels do not declare over which axes of the mesh their results vary, which `check_vma` refuses. So they are traced
-    in a `shard_map` without that check. All axes are divided already, hence it divides nothing. What it returns is typed
-    by hand as varying over the axes of q. That is what the check would find: a kernel speaks to no other device, so its
-    results vary over the axes of its arguments and no others, and `self_attention` made q vary over all of those. No
-    derivative depends on types inside: it is ours.
+    in a `shard_map` without that check. All axes are divided already, hence it divides nothing. What it returns is
+    typed by hand as varying over the axes of q. That is what the check would find: a kernel speaks to no other device,
+    so its results vary over the axes of its arguments and no others, and `self_attention` made q vary over all of
+    those. No derivative depends on types inside: it is ours.
     """
 
     def of_any(window, arguments):
@@ -213,8 +214,8 @@ def _kernel_backward(setting, saved, out_grad):
         def of_row(q, k, v, segments, out, logsumexp, out_grad):
             ids = None if segments is None else splash.SegmentIds(segments, segments)
             q, k, v, out, logsumexp, out_grad = (x.swapaxes(0, 1) for x in (q, k, v, out, logsumexp, out_grad))
-            # The one private name of JAX in this package. The public way, `jax.vjp` of the kernel, would run the forward
-            # pass again: it does not take what was saved.
+            # The one private name of JAX in this package. The public way, `jax.vjp` of the kernel, would run the
+            # forward pass again: it does not take what was saved.
             _, _, _, *grads, _, _ = splash._splash_attention_bwd(
                 save_residuals=False,
                 mask_value=own["mask_value"],

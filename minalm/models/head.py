@@ -1,8 +1,9 @@
 """From hidden states to the numbers that losses read: the only file that sees the vocabulary axis.
 
 Entries are divided over `tp`. Logits are computed in blocks of positions and entries, with running sums of exponentials
-(online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867). The backward pass computes each block again. So no array
-has both a time axis and a whole vocabulary axis, forward or backward, and the table is read once for many positions.
+(online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867). The backward pass computes each block again. So no
+array has both a time axis and a whole vocabulary axis, forward or backward, and the table is read once for many
+positions.
 """
 
 import functools

@@ -17,9 +17,9 @@ def student_from_teacher(
 
     Input and output table are the plan's mix of the teacher's input and output table; `tied` uses the former for both.
     With `expansion` the teacher's input table is added at input as it is: what a byte reads at first is its own row
-    plus that of the longest token which ends there. Host only: the teacher's leaves are numpy arrays or weights.LazyTensor, and
-    stay what they are; the new tables are float32, so that means are rounded once, where they are used or written.
-    Raises InputError if the teacher has an input expansion itself.
+    plus that of the longest token which ends there. Host only: the teacher's leaves are numpy arrays or
+    weights.LazyTensor, and stay what they are; the new tables are float32, so that means are rounded once, where they
+    are used or written. Raises InputError if the teacher has an input expansion itself.
     """
     if teacher.expansion is not None:
         raise InputError(

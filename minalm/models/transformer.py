@@ -146,7 +146,8 @@ class TrunkOutput(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """embed -> blocks 0..n-2, stacked and scanned -> last block n-1 -> norm; the head (head.py) reads `unembedding`. See contract.py."""
+    """embed -> blocks 0..n-2, stacked and scanned -> last block n-1 -> norm; the head (head.py) reads `unembedding`.
+    See contract.py."""
 
     embed: Float[Array, "vocab embed"] = param("tp", "fsdp")
     expansion: Float[Array, "original_vocab embed"] | None = param("tp", "fsdp")

@@ -55,8 +55,8 @@ def lookup(
 
 
 def vary_like(tree: PyTree, other: PyTree) -> PyTree:
-    """The arrays of a tree, typed as varying over all axes of the mesh that any of the other tree varies over, for loops
-    that begin with a constant. The transpose of this sums the gradients of the devices."""
+    """The arrays of a tree, typed as varying over all axes of the mesh that any of the other tree varies over, for
+    loops that begin with a constant. The transpose of this sums the gradients of the devices."""
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(other)))
 
     def vary(x):

@@ -1,8 +1,8 @@
 """The processes of a run, one for the devices of each host: joining, and ending together.
 
-With one process nothing here costs anything. Bad input ends a run with one sentence on stderr and exit code 1. Where all
-processes find the same error, the first says it. Where one fails before a `barrier`, all end there, and the first that
-failed says why. A process that fails alone elsewhere says so itself, and JAX ends the others.
+With one process nothing here costs anything. Bad input ends a run with one sentence on stderr and exit code 1. Where
+all processes find the same error, the first says it. Where one fails before a `barrier`, all end there, and the first
+that failed says why. A process that fails alone elsewhere says so itself, and JAX ends the others.
 """
 
 import contextlib
@@ -57,7 +57,8 @@ def failed_processes(failed: bool) -> list[int]:
 
 
 def all_reached(seconds: int) -> bool:
-    """Whether all processes call this within some seconds: if all fail alike they do, and one that fails alone times out."""
+    """Whether all processes call this within some seconds: if all fail alike they do, and one that fails alone times
+    out."""
     if not jax.distributed.is_initialized():
         return True
     from orbax.checkpoint import multihost  # a second of import time

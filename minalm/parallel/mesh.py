@@ -58,8 +58,8 @@ def run_mesh(
 
 
 def make_mesh(fsdp: int, tp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the first `fsdp * tp` of the devices (None: those of this run). Raises InputError when there are fewer,
-    or a process of the run has none of them."""
+    """A mesh over the first `fsdp * tp` of the devices (None: those of this run). Raises InputError when there are
+    fewer, or a process of the run has none of them."""
     of_this_run = devices is None
     devices = jax.devices() if of_this_run else devices
     if min(fsdp, tp) < 1:
@@ -147,8 +147,8 @@ def shard_map(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTre
 def shard(tree: PyTree, mesh: Mesh, dtype: DTypeLike | None = None) -> PyTree:
     """A tree of modules laid out on the mesh as its fields declare, in `dtype` (None: each leaf in its own).
 
-    A leaf is an array, or what reads slices of one from a file (weights.LazyTensor). The host holds one device's slice of one
-    leaf at a time, and of several processes each cuts the slices of its own devices alone.
+    A leaf is an array, or what reads slices of one from a file (weights.LazyTensor). The host holds one device's slice
+    of one leaf at a time, and of several processes each cuts the slices of its own devices alone.
     """
 
     def placed(leaf, sharding):

@@ -1,7 +1,8 @@
 """Training state on disk, through Orbax: saved as it lies on the mesh, restored onto any mesh.
 
 A checkpoint holds what training changes (trained parameters, optimizer state, step). The teacher and what stays frozen
-come from the run's inputs or its folder again, and the data are a function of (seed, step), so nothing else is needed to go on.
+come from the run's inputs or its folder again, and the data are a function of (seed, step), so nothing else is needed
+to go on.
 """
 
 import functools
@@ -71,9 +72,9 @@ def latest(folder: Path) -> int | None:
 def restore(folder: Path, like: Mapping[str, PyTree], step: int | None = None) -> dict[str, PyTree]:
     """Items of a checkpoint, by default the newest, with the structure, shapes and layouts of `like`.
 
-    Each process reads what lies on its devices, and waits for no other, so that one that fails leaves none waiting. Leaves
-    that are numpy arrays in `like` are restored as numpy arrays. Raises InputError if there is no such checkpoint, or if it is damaged or of a run of
-    another shape.
+    Each process reads what lies on its devices, and waits for no other, so that one that fails leaves none waiting.
+    Leaves that are numpy arrays in `like` are restored as numpy arrays. Raises InputError if there is no such
+    checkpoint, or if it is damaged or of a run of another shape.
     """
     import orbax.checkpoint as ocp
 
@@ -101,9 +102,9 @@ def restore(folder: Path, like: Mapping[str, PyTree], step: int | None = None) -
 
 
 def _say_nothing_of_late_reads() -> None:
-    """Where a read fails, TensorStore's threads go on with the others, and each finds the event loop closed in which Orbax
-    waited. Python shows that at `sys.unraisablehook`: a traceback for each, behind the sentence that says why. Of reads
-    that fail too, asyncio logs that nobody asked for their errors."""
+    """Where a read fails, TensorStore's threads go on with the others, and each finds the event loop closed in which
+    Orbax waited. Python shows that at `sys.unraisablehook`: a traceback for each, behind the sentence that says why. Of
+    reads that fail too, asyncio logs that nobody asked for their errors."""
     logging.getLogger("asyncio").disabled = True
     show = sys.unraisablehook
 

@@ -16,8 +16,8 @@ class ComputeConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the models' forward and backward passes. Trained parameters and losses are float32 in any case."""
     accumulation: int = 1
-    """Microbatches per device: less memory, the same gradient. With gradmag the weights are those of the whole batch, for
-    which the student reads each microbatch a second time."""
+    """Microbatches per device: less memory, the same gradient. With gradmag the weights are those of the whole batch,
+    for which the student reads each microbatch a second time."""
     remat: Remat = "dots"
     """What the backward pass computes again: nothing, all but matrix products, or all of a layer."""
 

@@ -31,7 +31,8 @@ def say(text: str) -> None:
 def show_run(
     settings: Mapping[str, Any], models: Models, mesh: Mesh, notes: Sequence[str], texts: Texts, quiet: bool
 ) -> None:
-    """What a run begins with: its settings, its models, devices that have nothing to do, a chat, and how texts are aligned.
+    """What a run begins with: its settings, its models, devices that have nothing to do, a chat, and how texts are
+    aligned.
 
     `notes`: what else a user should know. `quiet`: this process shows nothing, now and later.
     """
@@ -60,7 +61,8 @@ def show_run(
 
 
 def show_chat(piece: Piece) -> None:
-    """A chat as it is trained on: special tokens and templates' text in colour, what counts in the losses underlined."""
+    """A chat as it is trained on: special tokens and templates' text in colour, what counts in the losses
+    underlined."""
     shown = Text("chat ", "bold")
     for content, loss_mask in piece:
         words = (content,) if isinstance(content, str) else content.student if isinstance(content, Markup) else ()

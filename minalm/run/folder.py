@@ -198,8 +198,8 @@ def start_run(
 ) -> RunFolder:
     """Makes --out, in place of the run that is there if `config.overwrite` says so; it appears whole or not at all.
 
-    `settings` are those of config.yaml, `write_student` makes student/. Raises InputError as `check_out` does, and where
-    another process is writing in --out.
+    `settings` are those of config.yaml, `write_student` makes student/. Raises InputError as `check_out` does, and
+    where another process is writing in --out.
     """
     out = config.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -235,9 +235,9 @@ def resume_run(
 ) -> tuple[RunFolder, list[str]]:
     """Opens the run in --out to resume it. Also returns one sentence for each change.
 
-    A setting that is missing from the config.yaml of an older version is taken to be at its default. Raises InputError for settings that must not change,
-    for unknown ones, where the run reads other texts or models than before unless `config.accept_changes`, and where
-    another process is writing in --out.
+    A setting that is missing from the config.yaml of an older version is taken to be at its default. Raises InputError
+    for settings that must not change, for unknown ones, where the run reads other texts or models than before unless
+    `config.accept_changes`, and where another process is writing in --out.
     """
     run = RunFolder(config.out, _locked(config.out.resolve()))
     try:

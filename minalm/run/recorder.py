@@ -96,8 +96,8 @@ class Recorder:
             self.metrics.write(row)
 
     def evaluate(self, step: int, trained: PyTree, frozen: Any, dtype: jnp.dtype) -> None:
-        """Measures held-out text and, at both ends, shows samples, unless the run has these rows already. Raises InputError
-        for numbers that are not finite.
+        """Measures held-out text and, at both ends, shows samples, unless the run has these rows already. Raises
+        InputError for numbers that are not finite.
 
         `trained` are the student's trained parameters, `frozen` is train.Frozen: all else that a model reads.
         """

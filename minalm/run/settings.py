@@ -13,7 +13,8 @@ DOTTED = ("losses", "mesh")
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """The settings of a configuration as config.yaml holds them: numbers, strings, lists, and one dict a dotted group."""
+    """The settings of a configuration as config.yaml holds them: numbers, strings, lists, and one dict a dotted
+    group."""
     settings: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items():
         group = dataclasses.is_dataclass(getattr(config, name)) and name not in DOTTED

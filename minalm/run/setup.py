@@ -354,8 +354,8 @@ def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh, date: 
 def check_targets(texts: Texts) -> list[str]:
     """What a user should know of the texts that are left out, if those are most of the first batch.
 
-    Raises InputError if there is nothing to learn: no target that counts in the first BATCHES batches, or in all text. Of
-    several processes each looks at its own rows.
+    Raises InputError if there is nothing to learn: no target that counts in the first BATCHES batches, or in all text.
+    Of several processes each looks at its own rows.
     """
     rows, size = texts.config.batch_size, len(texts.training)
     left_out, seen, example = 0, 0, None
@@ -370,12 +370,14 @@ def check_targets(texts: Texts) -> list[str]:
     why = "" if example is None else why_left_out(example, texts.student, texts.teacher)
     if not batch.student.weight.any() and left_out == seen:
         raise InputError(
-            f"all of the first {seen} texts are left out, since a tokenizer does not spell them ({why}): use another tokenizer"
+            f"all of the first {seen} texts are left out, since a tokenizer does not spell them ({why}): "
+            "use another tokenizer"
         )
     if not batch.student.weight.any():
         also = f", and {left_out} texts are left out: {why}" if left_out else ""
         raise InputError(
-            f"nothing in the first {seen} texts counts in the losses{also}: give other text, longer rows, or no --mask-prompt"
+            f"nothing in the first {seen} texts counts in the losses{also}: "
+            "give other text, longer rows, or no --mask-prompt"
         )
     share = f"{left_out} of the first {seen} texts are left out, since a tokenizer does not spell them: {why}"
     return [share] if 2 * left_out > seen else []

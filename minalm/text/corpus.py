@@ -110,8 +110,8 @@ def read_corpus(
     """Cut the documents in files, and in all .txt and .jsonl files below folders, into pieces of at most `limit` bytes.
 
     A .txt file is one document. Each line of a .jsonl file is one document: an object with either `text`, a string, or
-    `messages`, which `read_chat` makes a document of (tokenization.chats). Other keys, blank lines and documents without
-    any text are ignored. A plain text becomes bos + text + eos. A Special takes SPECIAL_BYTES of `limit`.
+    `messages`, which `read_chat` makes a document of (tokenization.chats). Other keys, blank lines and documents
+    without any text are ignored. A plain text becomes bos + text + eos. A Special takes SPECIAL_BYTES of `limit`.
 
     Everything is read and checked here, once. No more than one line of a .jsonl file is in memory at a time, and .txt
     files are only mapped. Pieces of documents on lines longer than LONG_LINE go to an unnamed temporary file. Raises

@@ -246,7 +246,8 @@ class ChatReader:
         if others or not all(isinstance(content, str) for content in contents) or chat.tools:
             raise InputError(
                 "student and teacher have chat templates of their own, and messages with more than a text "
-                f"({others[0] if others else 'tools or parts'}) cannot be matched: leave them out, or give both one template"
+                f"({others[0] if others else 'tools or parts'}) cannot be matched: "
+                "leave them out, or give both one template"
             )
         template = _template(self.student)
         texts = _needed(render([chat.render(template)], self.date)[0], template), text
@@ -265,8 +266,8 @@ class ChatReader:
         match = re.fullmatch("(.*?)".join(map(re.escape, gaps)), text, re.DOTALL)
         if found != marks or match is None:
             raise InputError(
-                f"{template.file}: the chat template does not write each message's text once and in order, which it must "
-                "where student and teacher have templates of their own: leave the chat out, or give both one template"
+                f"{template.file}: the chat template does not write each message's text once and in order, which it "
+                "must where student and teacher have templates of their own: leave the chat out, or give both one"
             )
         spans = []
         for number, inner in enumerate(match.groups(), start=1):
@@ -278,7 +279,8 @@ class ChatReader:
 def _template(vocabulary: Vocabulary) -> ChatTemplate:
     if vocabulary.chat_template is None:
         raise InputError(
-            f"{vocabulary.name} has no chat template, so it cannot write chats: give plain texts, or a tokenizer with one"
+            f"{vocabulary.name} has no chat template, so it cannot write chats: "
+            "give plain texts, or a tokenizer with one"
         )
     return vocabulary.chat_template
 
@@ -351,8 +353,8 @@ def _check_keys(message: Mapping[str, Any], source: str, file: str) -> None:
         held = [name for name in names if message.get(name)]
         if held and not any(re.search(rf"\b{name}\b", source) for name in names):
             raise InputError(
-                f"{file}: the chat template does not write {' or '.join(f'`{name}`' for name in names)}, which a message "
-                "holds: "
+                f"{file}: the chat template does not write {' or '.join(f'`{name}`' for name in names)}, "
+                "which a message holds: "
                 "leave the chat out, or write its text into `content`"
             )
 
@@ -444,8 +446,8 @@ def _stretches(chat: _Chat, text: str, counts: Bool[np.ndarray, " characters"], 
 
 
 def _turns(parts: Sequence[str]) -> list[tuple[str, ...]]:
-    """What is written between two texts (`SpecialTokens.split`), cut before each special token that follows another one,
-    for there a message begins."""
+    """What is written between two texts (`SpecialTokens.split`), cut before each special token that follows another
+    one, for there a message begins."""
     turns: list[tuple[str, ...]] = [()]
     for n, part in enumerate(parts):
         if n % 2 and n > 1 and not parts[n - 1].strip():

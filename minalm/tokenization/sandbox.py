@@ -31,7 +31,8 @@ class Refusal(Exception):
 
 
 class Generation(Extension):
-    """`{% generation %}`: its text is what the assistant generates. It is written between two marks, if there are any."""
+    """`{% generation %}`: its text is what the assistant generates. It is written between two marks, if there are
+    any."""
 
     tags = {"generation"}
     marks = ("", "")

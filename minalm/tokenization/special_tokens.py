@@ -28,10 +28,10 @@ class Declared(NamedTuple):
 
 
 def declared(file: Path, spec: dict[str, Any]) -> Declared:
-    """Reads tokenizer_config.json and special_tokens_map.json (names), added_tokens_decoder (tokens and which are special),
-    and generation_config.json, or where it is missing config.json (ids of eos and pad). Where no file names bos, it is
-    what tokenizer.json itself puts before a text; where no file says a name, what is usual with these special tokens
-    (chat_template.FAMILIES).
+    """Reads tokenizer_config.json and special_tokens_map.json (names), added_tokens_decoder (tokens and which are
+    special), and generation_config.json, or where it is missing config.json (ids of eos and pad). Where no file names
+    bos, it is what tokenizer.json itself puts before a text; where no file says a name, what is usual with these
+    special tokens (chat_template.FAMILIES).
 
     Raises InputError where one of them names a token that does not exist, or is not as such files are.
     """
@@ -108,8 +108,8 @@ class _Tokens:
         return True
 
     def special_of_id(self, i: int, key: str) -> str | None:
-        """The added token with this id, made special. None where the id is that of a piece of text, as in configurations
-        that were written for another tokenizer, or where there is no such pad."""
+        """The added token with this id, made special. None where the id is that of a piece of text, as in
+        configurations that were written for another tokenizer, or where there is no such pad."""
         words = [word for word, token in self.added.items() if token["id"] == i]
         if not words and key == "eos_token_id" and i not in self.vocab.values():
             raise InputError(

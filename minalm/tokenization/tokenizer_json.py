@@ -18,8 +18,8 @@ from minalm.tokenization.vocabulary import META, Vocabulary
 def load_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary of a tokenizer.json, or of its folder, whose other files name the special tokens.
 
-    Special tokens are the added tokens marked `special` and those that are named (special_tokens.py); other added tokens
-    are ordinary text. The chat template is the one of the folder (chat_template.py).
+    Special tokens are the added tokens marked `special` and those that are named (special_tokens.py); other added
+    tokens are ordinary text. The chat template is the one of the folder (chat_template.py).
 
     Raises InputError if there is no such file, if a special token is named that does not exist, or if the tokenizer
     spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.

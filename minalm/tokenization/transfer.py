@@ -42,10 +42,10 @@ def plan_transfer(old: Vocabulary, new: Vocabulary) -> TransferPlan:
 
     A token of text takes the old one of the same bytes (where a piece of text and a byte-fallback token have the same,
     the piece of text), or all that the old tokenizer splits it into. What it cannot be asked about, because the token
-    is not UTF-8 or because the answer spells something else (a normalizer, a prefix space), is split from the left
-    into the longest old tokens. A special token takes the one of the same string, else what stands in its place in a
-    chat as the old template writes it. Ids that are left, such as reserved special tokens and bytes that the old vocabulary lacks, get
-    none.
+    is not UTF-8 or because the answer spells something else (a normalizer, a prefix space), is split from the left into
+    the longest old tokens. A special token takes the one of the same string, else what stands in its place in a chat as
+    the old template writes it. Ids that are left, such as reserved special tokens and bytes that the old vocabulary
+    lacks, get none.
     """
     by_bytes = _text_ids(old)
     by_string = {word.encode(): i for word, i in old.special.items()}
@@ -74,8 +74,8 @@ def transfer_rows(
 ) -> Float32[np.ndarray, "{rows} embed"]:
     """The new table: by new id, then zeros up to `rows`.
 
-    The old table is a numpy array, or what reads one from a file when it is sliced (weights.LazyTensor); it is held as it is
-    stored, and turned into float32 and float64 in blocks. Ids that have no old ids are drawn from the normal
+    The old table is a numpy array, or what reads one from a file when it is sliced (weights.LazyTensor); it is held as
+    it is stored, and turned into float32 and float64 in blocks. Ids that have no old ids are drawn from the normal
     distribution of its mean and standard deviation, one for each channel. Give input and output table different seeds,
     or these rows will agree where they should not.
     """

@@ -118,7 +118,8 @@ class Vocabulary:
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """The ids that end what is generated: eos, those that the checkpoint names, and what ends an answer in a chat."""
+        """The ids that end what is generated: eos, those that the checkpoint names, and what ends an answer in a
+        chat."""
         answer = [] if self.chat_template is None else stop_tokens(self.chat_template, self.special_tokens)
         words = dict.fromkeys([*filter(None, [self.named("eos")]), *self.stops, *answer])
         return [self.special[word] for word in words if word in self.special]
@@ -335,8 +336,9 @@ def byte_vocabulary(source: Vocabulary, special: Sequence[str] | None = None) ->
 def with_special_tokens(base: Vocabulary, source: Vocabulary, special: Sequence[str] | None = None) -> Vocabulary:
     """The ordinary tokens of `base` with the chat template and the special tokens of `source`.
 
-    Special strings that `base` has not got yet (by default, those that the source's template uses) get ids from `base.size`.
-    The other choice, special tokens and template of `base`, is `base` itself: chats.py pairs what any two write.
+    Special strings that `base` has not got yet (by default, those that the source's template uses) get ids from
+    `base.size`. The other choice, special tokens and template of `base`, is `base` itself: chats.py pairs what any two
+    write.
     """
     new = [word for word in (source.template_special if special is None else special) if word not in base.special]
     every = {**base.special, **{word: base.size + i for i, word in enumerate(new)}}
