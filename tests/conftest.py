@@ -30,13 +30,13 @@ if PLATFORM != "cpu":  # a GPU multiplies float32 in fewer bits by default
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-SLOW = ("test_multihost", "test_train", "test_step", "test_export")  # in the order of their time
+LONG = ("test_multihost", "test_train", "test_step", "test_export")  # files, in the order of their time
 
 
 def pytest_collection_modifyitems(items):
     """The slowest files first: of two processes, none should be left alone with a long one at the end."""
-    place = {name: n for n, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+    place = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.hookimpl(wrapper=True)

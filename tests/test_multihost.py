@@ -22,6 +22,7 @@ from minalm.huggingface import weights
 from minalm.text.corpus import read_corpus
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 RUN = {"mesh__fsdp": 4, "mesh__tp": 2, "batch_size": 8, "steps": 20, "save_interval": 10, "samples": 1}
 
 

@@ -50,7 +50,13 @@ TEACHER = ModelConfig(
 )
 STUDENT = dataclasses.replace(TEACHER, vocab_size=60, tied=False, expansion_size=52)
 ROWS_OF_BATCH, STUDENT_TIME, TEACHER_TIME, CHUNKS = 16, 22, 14, 11
-MESHES = ((8, 1), (4, 2), (1, 2), (2, 4))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+MESHES = (slow(8, 1), (4, 2), slow(1, 2), (2, 4))
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time of compiling
 
 
@@ -172,15 +178,15 @@ def test_every_mesh_gives_the_same_losses_weights_and_gradients(reference, fsdp,
     assert_near(grad, reference[0], 1e-5)
 
 
-def test_key_and_value_heads_that_several_devices_share():
+@pytest.mark.parametrize("fsdp, tp", (slow(2, 4), (2, 2)))
+def test_key_and_value_heads_that_several_devices_share(fsdp, tp):
     """tp larger than kv_heads, also under OLMo 2's norm over all heads and with Qwen 2's biases."""
     changes = dict(kv_heads=2, qk_norm="all", qkv_bias=True)
     grouped = models(dataclasses.replace(STUDENT, **changes), dataclasses.replace(TEACHER, kv_heads=1))
     grad, metrics = gradients(settings(), 1, 1, *grouped)
-    for fsdp, tp in ((2, 4), (2, 2)):
-        found = gradients(settings(), fsdp, tp, *grouped)
-        assert_near(found[1], metrics, 1e-5)
-        assert_near(found[0], grad, 1e-5)
+    found = gradients(settings(), fsdp, tp, *grouped)
+    assert_near(found[1], metrics, 1e-5)
+    assert_near(found[0], grad, 1e-5)
 
 
 ANOTHER = settings(
@@ -220,7 +226,7 @@ def test_rematerialisation_does_not_change_gradients(reference):
     assert_near(grad, reference[0], 1e-6)
 
 
-@pytest.mark.parametrize("fsdp, tp, parts", ((1, 1, 4), (2, 4, 8), (4, 2, 2)))
+@pytest.mark.parametrize("fsdp, tp, parts", (slow(1, 1, 4), slow(2, 4, 8), (4, 2, 2)))
 def test_a_batch_in_parts_gives_the_same_losses_weights_and_gradients(reference, fsdp, tp, parts):
     """Balanced by the norms of the whole batch's gradients: row 0 is empty, so no two parts have the same counts."""
     grad, metrics = gradients(settings(accumulation=parts), fsdp, tp, *models())

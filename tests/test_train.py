@@ -1082,7 +1082,7 @@ NORM = "model.layers.1.input_layernorm.weight"
         (change_tensors(lambda t: t.pop(NORM)), f"lacks the tensor {NORM}"),
         (change_tensors(lambda t: t.update(extra=np.zeros(2, np.float32))), "holds the tensor extra"),
         (change_tensors(lambda t: t.update({NORM: np.zeros(7, np.float32)})), f"the tensor {NORM} has the shape (7,)"),
-        (change_json("config.json", lambda c: c.update(attention_bias=True)), "'attention_bias' is True"),
+        (change_json("config.json", lambda c: c.update(num_local_experts=4)), "'num_local_experts' is 4"),
         (change_json("config.json", lambda c: c.update(model_type="mamba")), "'model_type' is 'mamba'"),
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),

@@ -117,6 +117,8 @@ def find(name: Path | str) -> Path:
             tensors = sorted(set(_listed(folder / INDEX).values()))
         except InputError:  # there is no index, or it is damaged, as `read` will say
             tensors = ["model*.safetensors"]
+        if all(any(folder.glob(name)) for name in tensors):
+            return folder
         # Of the same commit, whose name the folder has; other forms of the weights are left where they are.
         files = [*HUB_FILES, *tensors]
         return Path(snapshot_download(str(name), revision=folder.name, allow_patterns=files, ignore_patterns="*/*"))
