@@ -4,9 +4,9 @@ Each loss is pulled back through the losses, the head and the last block only, t
 to a cotangent of the trunk's output. With weights from the norms of the G_i, one weighted cotangent then goes through
 the trunk. The gradients are those of the two-pass definition: weights first, then the gradient of the weighted sum.
 
-Only the last block's gradients are kept for each loss. The final norm and the unembedding, which with a tied table of a
-subword vocabulary is larger than the block, are pulled back once, by the weighted sum. The losses are pulled back one
-after the other, in the memory of one.
+The losses are pulled back one after the other, in the memory of one: a weight is known but for the sum of all weights,
+so what a loss pulls back is added up weighted, and divided by that sum at the end. The final norm and the unembedding,
+which with a tied table of a subword vocabulary is larger than the block, are pulled back once, by the weighted sum.
 
 With a batch in parts (gradient accumulation) the weights are those of the whole batch: a first pass over the parts adds
 up each loss's gradient of the last block. It costs one more forward pass of the student and the pullbacks; weights of
@@ -42,13 +42,15 @@ class Forward(NamedTuple):
 
 
 def magnitude_weights(
-    norms: Float32[Array, " loss"], preferences: tuple[float, ...], preserve_magnitude: bool
-) -> Float32[Array, " loss"]:
+    norms: Float32[Array, "*losses"],
+    preferences: tuple[float, ...] | Float32[Array, "*losses"],
+    preserve_magnitude: bool,
+) -> Float32[Array, "*losses"]:
     """preference / (norm + 1e-8), divided by their sum with `preserve_magnitude`.
 
     The weight is 0 where the gradient is exactly 0: a loss without a counted element would otherwise take all of it.
     """
-    weights = jnp.where(norms > 0.0, jnp.array(preferences, jnp.float32) / (norms + 1e-8), 0.0)
+    weights = jnp.where(norms > 0.0, jnp.asarray(preferences, jnp.float32) / (norms + 1e-8), 0.0)
     return weights / jnp.maximum(jnp.sum(weights), 1e-30) if preserve_magnitude else weights
 
 
@@ -86,13 +88,20 @@ def balanced_grad(
         head_grad, output_grad = pull_tail(weights)
         last_grad, hidden_grad = pull_last(output_grad)
     else:
-        each = _each(lambda cotangent: pull_last(pull_tail(cotangent)[1]), config)
-        weights = _weights(each[0], config)
 
-        def weighted(leaf):
-            return jnp.tensordot(weights, leaf.astype(jnp.float32), axes=1).astype(leaf.dtype)
+        def add(totals, loss):
+            cotangent, preference = loss
+            found = pull_last(pull_tail(cotangent)[1])
+            weight = magnitude_weights(jnp.sqrt(squared_norm(found[0])), preference, False)
+            return jax.tree.map(lambda total, leaf: total + weight * leaf.astype(jnp.float32), totals, found), weight
 
-        last_grad, hidden_grad = jax.tree.map(weighted, each)
+        parts = model.last, hidden
+        nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), parts)
+        each = jnp.eye(len(config.names), dtype=jnp.float32), jnp.array(config.weights, jnp.float32)
+        totals, weights = jax.lax.scan(add, nothing, each)
+        size = jnp.maximum(jnp.sum(weights), 1e-30) if config.preserve_magnitude else 1.0
+        weights = weights / size
+        last_grad, hidden_grad = jax.tree.map(lambda total, leaf: (total / size).astype(leaf.dtype), totals, parts)
         head_grad, _ = pull_tail(weights)
     (grad,) = pull_trunk(hidden_grad)
     grad = eqx.apply_updates(grad, head_grad)

@@ -120,8 +120,8 @@ def _stats_backward(cap, saved, grads):
         def add(sums, start):
             hidden_grad, table_grad = sums
             rows, logits, numbers, fresh, boundary = _block(cap, hidden, table, mask, start)
-            inside = jnp.where(boundary, jnp.exp(logits - boundary_mass[:, None]), 0.0)
-            grad = mass_grad[:, None] * inside - (logp_grad + mass_grad)[:, None] * jnp.exp(logits - total[:, None])
+            inside = jnp.where(boundary, mass_grad[:, None] * jnp.exp(logits - boundary_mass[:, None]), 0.0)
+            grad = inside - (logp_grad + mass_grad)[:, None] * jnp.exp(logits - total[:, None])
             grad = grad + jnp.where(numbers == targets[:, None], logp_grad[:, None], 0.0)
             if cap is not None:
                 grad = grad * (1.0 - jnp.square(logits / cap))
