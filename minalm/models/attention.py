@@ -10,14 +10,13 @@ Axes: batch, time (queries and keys), heads, kv_heads, head_dim; group: the quer
 
 import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
@@ -148,6 +147,13 @@ def _by_window(of_window, setting, window, arguments):
 # --- on a TPU: the splash attention kernel ------------------------------------------------------------------------
 
 
+def _splash() -> tuple[ModuleType, ModuleType]:
+    """JAX's kernel and its masks, imported where a program is traced: `--help` is there sooner without them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    return splash_attention_kernel, splash_attention_mask
+
+
 def kernel_block(time: int) -> int | None:
     """Queries, and keys, of a block of the kernel; None for lengths that it cannot take.
 
@@ -174,12 +180,13 @@ def kernel_flops(batch: int, time: int, heads: int, head_dim: int, window: int |
 
 def _kernel(setting, time, heads, window):
     """The kernel for a window that is known when the program is traced."""
+    splash, masks = _splash()
     block = kernel_block(time)
     # A window that no query fills is plain causality, whose mask is cheaper.
     shape = (time, time)
-    mask = splash_mask.CausalMask(shape) if window == time else splash_mask.LocalMask(shape, (window - 1, 0), 0)
+    mask = masks.CausalMask(shape) if window == time else masks.LocalMask(shape, (window - 1, 0), 0)
     return splash.make_splash_mha(
-        splash_mask.MultiHeadMask([mask] * heads),
+        masks.MultiHeadMask([mask] * heads),
         # The fused backward kernel computes scores once for all gradients: 5 products instead of 7.
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
@@ -193,6 +200,8 @@ def _kernel(setting, time, heads, window):
 
 
 def _kernel_forward(setting, q, k, v, window, segments):
+    splash, _ = _splash()
+
     def of_window(size, *arguments):
         kernel = _kernel(setting, *q.shape[1:3], size)
 
@@ -207,6 +216,8 @@ def _kernel_forward(setting, q, k, v, window, segments):
 
 
 def _kernel_backward(setting, saved, out_grad):
+    splash, _ = _splash()
+
     def of_window(size, *arguments):
         kernel = _kernel(setting, *out_grad.shape[1:3], size)
         own = kernel.kwargs
