@@ -101,6 +101,7 @@ def restore(folder: Path, like: Mapping[str, PyTree], step: int | None = None) -
             ) from error
 
 
+@functools.cache  # once is enough
 def _say_nothing_of_late_reads() -> None:
     """Where a read fails, TensorStore's threads go on with the others, and each finds the event loop closed in which
     Orbax waited. Python shows that at `sys.unraisablehook`: a traceback for each, behind the sentence that says why. Of
