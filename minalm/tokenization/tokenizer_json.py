@@ -29,15 +29,7 @@ def load_vocabulary(path: Path, of_model: bool = False) -> Vocabulary:
     spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
-    try:
-        found = json.loads(file.read_text("utf-8"))
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(
-            f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
-        ) from error
+    found, tokenizer = _read(file)
     spec, changed, names, stops = declared(file, found)
     moved: dict[str, int] = {}
     if changed or _moved(spec, tokenizer):
@@ -87,6 +79,18 @@ def load_vocabulary(path: Path, of_model: bool = False) -> Vocabulary:
     if of_model:
         _check_moved(vocabulary, moved)
     return vocabulary
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Tokenizer]:
+    """A tokenizer.json as it is and as a tokenizer. Raises InputError."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
+    try:
+        return json.loads(file.read_text("utf-8")), Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(
+            f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
+        ) from error
 
 
 # A byte-level BPE writes each byte as one printable character: itself where it is printable, else one from U+0100 on
