@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from os.path import commonprefix
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -52,11 +53,10 @@ def why_left_out(piece: Piece, student: Side, teacher: Side | None) -> str:
     """Where the first of the two tokenizers that do not spell a piece exactly goes wrong; "" if both spell it."""
     (piece,) = _all_normalized([piece], student, teacher)
     for side, name in ((student, "student"), (teacher, "teacher")):
-        if side is not None and not side.vocabulary.encode([piece], name)[0].round_trips:
-            text, tokens = side.vocabulary.spelled(piece, name)
-            place = next((n for n, (a, b) in enumerate(zip(text, tokens)) if a != b), min(len(text), len(tokens)))
-            shown = [part[max(0, place - 10) : place + 20].decode(errors="replace") for part in (text, tokens)]
-            return f"where the text has {shown[0]!r}, the tokens of {side.vocabulary.name} spell {shown[1]!r}"
+        if side is not None and (found := side.vocabulary.misspelled(piece, name)) is not None:
+            place = len(commonprefix(found))
+            text, tokens = (each[max(0, place - 10) : place + 20] for each in found)
+            return f"where the text has {text!r}, the tokens of {side.vocabulary.name} spell {tokens!r}"
     return ""
 
 

@@ -1,5 +1,6 @@
 """Batches: rows, targets, chunks, what is left out; reading ahead."""
 
+import json
 import threading
 import time
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from small_tokenizers import vocabulary
 from tokenizers import pre_tokenizers
 
-from minalm.batches import Side, make_batch, read_ahead
+from minalm.batches import Side, make_batch, read_ahead, why_left_out
 from minalm.text.documents import Markup, Segment, Special
 from minalm.tokenization.align import align
 from minalm.tokenization.chats import ChatReader
@@ -130,6 +131,26 @@ def test_what_a_side_cannot_spell_is_left_out(tmp_path):
     assert (batch.chunks.student_chunk_end[1] == -1).all() and (batch.chunks.student_chunk[1] == -1).all()
     alone = batch_of([pieces[0], pieces[2]], student, teacher, None, 20, 10)
     np.testing.assert_array_equal(batch.chunks.teacher_chunk[[0, 2]], alone.chunks.teacher_chunk)
+
+
+@pytest.mark.parametrize("prefix_space", (False, True))
+def test_why_a_text_is_left_out(tmp_path, prefix_space):
+    """The first place that differs, whether or not the tokenizer puts a space before a text."""
+    path = small.save(tmp_path / "t", small.sentencepiece(prefix_space), ["<s>"], bos_token="<s>")
+    spec = json.loads((path / "tokenizer.json").read_text())
+    splits = {"type": "Split", "pattern": {"String": "x"}, "behavior": "Removed", "invert": False}
+    (path / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": splits}))
+    side = Side(load_vocabulary(path), None, 20)
+    whole = Side(byte_vocabulary(side.vocabulary), None, 20)
+    for text, has, spell in (
+        ("hello there, all the x world", ", all the x world", ", all the  world"),
+        ("日本語日本語日本語日本語x日本", "語日本語日本語日本語x日本", "語日本語日本語日本語日本"),  # whole characters
+        ("the end x", "the end x", "the end "),
+    ):
+        expected = f"where the text has {has!r}, the tokens of {path} spell {spell!r}"
+        for student, teacher in ((side, None), (whole, side), (side, whole)):
+            assert why_left_out(plain(text), student, teacher) == expected
+    assert why_left_out(plain("hello there"), side, whole) == ""
 
 
 def test_texts_are_normalised_for_both():

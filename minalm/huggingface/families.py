@@ -443,22 +443,27 @@ def text_values(source: str, values: Any) -> Any:
     return text.values | around | {"model_type": GEMMA3.model_type, "tie_word_embeddings": tied}
 
 
-def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:
-    """The family and the architecture that the values of a config.json describe; `source` is what messages call it.
-
-    Raises InputError, naming the key, for what is not implemented.
-    """
-    sees = isinstance(values, dict) and values.get("model_type") == "gemma3"
-    keys = _Keys(source, text_values(source, values))
+def _family_of(keys: _Keys, sees: bool) -> Family:
+    """The family that config.json names. Raises InputError for another one, and for keys that it never applies."""
     model_type = keys.read("model_type")
     families = {prefix + family.model_type: family for prefix in ("", EXPANSION_TYPE) for family in FAMILIES}
     if model_type not in list(families):
         raise keys.wrong("model_type", f"which is not implemented: use a model of type {' or '.join(families)}")
     family = GEMMA3_SEEING if sees else families[model_type]
-    defaults = family.defaults
     for key in sorted(family.never_applied):
         if keys.read(key) is not None:
             raise keys.wrong(key, "which transformers never applies in this family: set it to null to have the same")
+    return family
+
+
+def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:
+    """The family and the architecture that the values of a config.json describe; `source` is what messages call it.
+
+    Raises InputError, naming the key, for what is not implemented.
+    """
+    keys = _Keys(source, text_values(source, values))
+    family = _family_of(keys, sees=isinstance(values, dict) and values.get("model_type") == "gemma3")
+    defaults = family.defaults
 
     def size(key):
         return keys.whole(key, defaults.get(key))
@@ -483,7 +488,7 @@ def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:
         query_scale = multiplier("attention_multiplier")
     unrotated = [layer for layer in range(layers) if "no_rope_layers" in defaults and not _is_rotated(keys, layer)]
     qk_norm = family.qk_norm
-    if model_type == EXPANSION_TYPE + "llama" and keys.flag("add_qk_norm", False):
+    if keys.values["model_type"] == EXPANSION_TYPE + "llama" and keys.flag("add_qk_norm", False):
         qk_norm = "head"  # the published byte models' name for Qwen 3's norm of queries and keys
     config = ModelConfig(
         vocab_size=size("vocab_size"),
@@ -615,11 +620,8 @@ def _ropes(keys: _Keys, family: Family, head_dim: int) -> tuple[Rope, Rope]:
     return ropes[0], local
 
 
-def _rope(keys: _Keys, theta: float | None, whole: _Keys, family: Family, head_dim: int) -> Rope:
-    """The rotary settings in one JSON object; `whole` is the config.json around it."""
-    named = keys.read("rope_type", keys.read("type", "default"))  # "type": the older spelling
-    kind = family.rope_kinds.get(named) if isinstance(named, str) else None
-    theta = keys.number("rope_theta", theta)
+def _rotated_share(keys: _Keys, whole: _Keys, family: Family, head_dim: int) -> float:
+    """The share of a head's channels that is rotated; arguments as of `_rope`."""
     around = whole.number("partial_rotary_factor", optional=True)
     share = keys.number("partial_rotary_factor", around or 1.0)
     channels = int(share * head_dim)
@@ -630,6 +632,37 @@ def _rope(keys: _Keys, theta: float | None, whole: _Keys, family: Family, head_d
         raise whole.wrong("partial_rotary_factor", f"but the rotary settings say {share}: make them agree")
     if share > 1.0 or channels % 2 or not channels:
         raise whole.wrong("partial_rotary_factor", f"here {share}, which leaves no even number of {head_dim} channels")
+    return share
+
+
+def _yarn(keys: _Keys, original_length: int) -> YarnScaling:
+    factor = keys.number("factor")
+    mscales = [keys.number(key, optional=True) for key in ("mscale", "mscale_all_dim")]
+
+    def magnitude(scale):  # arXiv 2309.00071, equation 22
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+    usual = magnitude(mscales[0]) / magnitude(mscales[1]) if all(mscales) else magnitude(1.0)
+    scaling = YarnScaling(
+        factor=factor,
+        attention_factor=keys.number("attention_factor", usual),
+        beta_fast=keys.number("beta_fast", 32.0),
+        beta_slow=keys.number("beta_slow", 1.0),
+        original_length=original_length,
+        truncate=keys.flag("truncate", True),
+    )
+    if scaling.beta_slow >= scaling.beta_fast:
+        raise keys.wrong("beta_slow", "which is not below 'beta_fast': correct it")
+    return scaling
+
+
+def _rope(keys: _Keys, theta: float | None, whole: _Keys, family: Family, head_dim: int) -> Rope:
+    """The rotary settings in one JSON object; `whole` is the config.json around it."""
+    named = keys.read("rope_type", keys.read("type", "default"))  # "type": the older spelling
+    kind = family.rope_kinds.get(named) if isinstance(named, str) else None
+    theta = keys.number("rope_theta", theta)
+    share = _rotated_share(keys, whole, family, head_dim)
+    channels = int(share * head_dim)
 
     def original_length(default):
         # transformers 4 reads the one in the rotary settings, transformers 5 the one beside them
@@ -654,23 +687,7 @@ def _rope(keys: _Keys, theta: float | None, whole: _Keys, family: Family, head_d
         if scaling.low_freq_factor >= scaling.high_freq_factor:
             raise keys.wrong("low_freq_factor", "which is not below 'high_freq_factor': correct it")
     elif kind == "yarn":
-        factor = keys.number("factor")
-        mscales = [keys.number(key, optional=True) for key in ("mscale", "mscale_all_dim")]
-
-        def magnitude(scale):  # arXiv 2309.00071, equation 22
-            return 0.1 * scale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
-
-        usual = magnitude(mscales[0]) / magnitude(mscales[1]) if all(mscales) else magnitude(1.0)
-        scaling = YarnScaling(
-            factor=factor,
-            attention_factor=keys.number("attention_factor", usual),
-            beta_fast=keys.number("beta_fast", 32.0),
-            beta_slow=keys.number("beta_slow", 1.0),
-            original_length=original_length(whole.values.get("max_position_embeddings")),
-            truncate=keys.flag("truncate", True),
-        )
-        if scaling.beta_slow >= scaling.beta_fast:
-            raise keys.wrong("beta_slow", "which is not below 'beta_fast': correct it")
+        scaling = _yarn(keys, original_length(whole.values.get("max_position_embeddings")))
         if family.local_theta is not None and not scaling.truncate:
             # `_compute_yarn_parameters` looks for it beside the objects of the kinds (modeling_rope_utils.py).
             raise keys.wrong("truncate", "which transformers 5 does not read in this family: set it to true")
@@ -761,25 +778,7 @@ def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
         **{key: value for key, value in own.items() if key in family.defaults},
         "torch_dtype": dtype,
     }
-    scaling = _scaling_values(config.rope)
-    if isinstance(config.rope.scaling, LongRopeScaling):
-        original = config.rope.scaling.original_length
-        lengths = round(config.rope.scaling.factor * original), original
-        values |= zip(LONGROPE_LENGTHS, lengths)  # they say the attention factor
-    if family.local_theta == "rope_theta":  # transformers 5 would take its own theta for layers with a window
-        kinds = zip(LAYER_TYPES, (local_rope, config.rope))
-        values["rope_parameters"] = {
-            kind: {"rope_type": "default", "rope_theta": rope.theta, **_scaling_values(rope)} for kind, rope in kinds
-        }
-    if scaling and config.expansion_size is not None and family.local_theta in (None, "rope_theta"):
-        # To load the tokenizer, transformers 5 reads config.json as that of any model and fails on `rope_scaling`.
-        # transformers 4 knows nothing else: the code that comes along tells it.
-        values.setdefault("rope_parameters", {"rope_theta": config.rope.theta, **scaling})
-    elif isinstance(config.rope.scaling, LongRopeScaling):  # Phi3Config of transformers 4 takes just these keys
-        also = {key: scaling[key] for key in ("short_factor", "long_factor", "attention_factor") if key in scaling}
-        values["rope_scaling"] = {"type": "longrope", **also}
-    elif scaling:
-        values["rope_scaling"] = scaling
+    values |= _rope_values(family, config)
     if config.expansion_size is not None:
         values |= {
             "architectures": ["TPU" + family.architecture],
@@ -792,6 +791,31 @@ def _values(family: Family, config: ModelConfig, dtype: str) -> dict[str, Any]:
             "expand_input_ids_maxlen": EXPANSION_BYTES,
             "expand_input_ids_vocab_size": config.expansion_size,
         }
+    return values
+
+
+def _rope_values(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """The rotary settings, but for `rope_theta`."""
+    values: dict[str, Any] = {}
+    scaling = _scaling_values(config.rope)
+    if isinstance(config.rope.scaling, LongRopeScaling):
+        original = config.rope.scaling.original_length
+        lengths = round(config.rope.scaling.factor * original), original
+        values |= zip(LONGROPE_LENGTHS, lengths)  # they say the attention factor
+    if family.local_theta == "rope_theta":  # transformers 5 would take its own theta for layers with a window
+        kinds = zip(LAYER_TYPES, (config.local_rope or config.rope, config.rope))
+        values["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": rope.theta, **_scaling_values(rope)} for kind, rope in kinds
+        }
+    if scaling and config.expansion_size is not None and family.local_theta in (None, "rope_theta"):
+        # To load the tokenizer, transformers 5 reads config.json as that of any model and fails on `rope_scaling`.
+        # transformers 4 knows nothing else: the code that comes along tells it.
+        values.setdefault("rope_parameters", {"rope_theta": config.rope.theta, **scaling})
+    elif isinstance(config.rope.scaling, LongRopeScaling):  # Phi3Config of transformers 4 takes just these keys
+        also = {key: scaling[key] for key in ("short_factor", "long_factor", "attention_factor") if key in scaling}
+        values["rope_scaling"] = {"type": "longrope", **also}
+    elif scaling:
+        values["rope_scaling"] = scaling
     return values
 
 

@@ -125,7 +125,7 @@ def read_start(folder: Path) -> Start:
 
 def load_vocabularies(folder: Path) -> tuple[Vocabulary, LongestSuffix | None]:
     """The vocabulary of a model's folder, and the search of its input expansion if it has one. Raises InputError."""
-    vocabulary = load_vocabulary(folder)
+    vocabulary = load_vocabulary(folder, of_model=True)
     single = tuple(bytes([byte]) for byte in range(256))
     if vocabulary.tokenizer is not None and vocabulary.token_bytes[:256] == single:
         added = {token.content: i for i, token in vocabulary.tokenizer.get_added_tokens_decoder().items()}

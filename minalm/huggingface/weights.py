@@ -278,14 +278,14 @@ def _tensors(folder: Path) -> dict[str, Any]:
                 "take all files from the same model"
             )
         result |= held
-    return result
+    return _with_shared(result, read_json(index).get("metadata"))
 
 
 def _named(tensors: dict[str, Any], tied: bool) -> dict[str, Any]:
     """The tensors under the names that a whole model has: a model without its head is saved without "model.", and a
     tied table may stand under the output's name alone. Those that mean nothing are left out."""
     named = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
-    if "embed_tokens.weight" in named:
+    if any(name.startswith(("embed_tokens.", "layers.")) for name in named):
         named = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in named.items()}
     if tied and "lm_head.weight" in named and "model.embed_tokens.weight" not in named:
         named["model.embed_tokens.weight"] = named.pop("lm_head.weight")
@@ -309,9 +309,7 @@ def _open(file: Path) -> dict[str, Any]:
     """The handles of a file's tensors. They keep the file open. A tensor that is shared is under each of its names."""
     try:
         with safe_open(file, framework="numpy") as opened:
-            tensors = {name: opened.get_slice(name) for name in opened.keys()}
-            shared = opened.metadata() or {}  # where one tensor is saved for several: name -> the one that is there
-            tensors |= {n: tensors[kept] for n, kept in shared.items() if n not in tensors and kept in tensors}
+            tensors = _with_shared({name: opened.get_slice(name) for name in opened.keys()}, opened.metadata())
     except FileNotFoundError as error:
         raise InputError(f"{file} is missing: fetch all files of the model") from error
     except (SafetensorError, OSError) as error:
@@ -323,6 +321,13 @@ def _open(file: Path) -> dict[str, Any]:
                 "use a model in bfloat16, float16 or float32"
             )
     return tensors
+
+
+def _with_shared(tensors: dict[str, Any], metadata: Any) -> dict[str, Any]:
+    """Tensors under each name of theirs: of one that was saved for several names, safetensors' save_model leaves the
+    others to a file's metadata, and huggingface_hub's to those of the index, as name -> the name that is there."""
+    shared = metadata.items() if isinstance(metadata, dict) else ()
+    return tensors | {n: tensors[held] for n, held in shared if isinstance(held, str) and held in tensors.keys() - {n}}
 
 
 def _check_tensors(source: Path, wanted: Mapping[str, Parts], tensors: Mapping[str, Any]) -> None:

@@ -5,10 +5,11 @@ come from the run's inputs or its folder again, and the data are a function of (
 to go on.
 """
 
+import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +93,31 @@ def restore(folder: Path, like: Mapping[str, PyTree], step: int | None = None) -
             raise InputError(f"{folder} has no checkpoint {step}: name one of {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
         try:
-            return dict(manager.restore(step, args=ocp.args.Composite(**args)))
+            with _late_reads_are_silent():
+                return dict(manager.restore(step, args=ocp.args.Composite(**args)))
         except Exception as error:  # Orbax raises whatever its parts raise, at the length of a page
-            _say_nothing_of_late_reads()
             raise InputError(
                 f"the checkpoint {folder / str(step)} is damaged or of another run: "
                 "remove it, or start under another --out"
             ) from error
 
 
-def _say_nothing_of_late_reads() -> None:
+@contextlib.contextmanager
+def _late_reads_are_silent() -> Iterator[None]:
     """Where a read fails, TensorStore's threads go on with the others, and each finds the event loop closed in which
-    Orbax waited. Python shows that at `sys.unraisablehook`: a traceback for each, behind the sentence that says why. Of
-    reads that fail too, asyncio logs that nobody asked for their errors."""
-    logging.getLogger("asyncio").disabled = True
-    show = sys.unraisablehook
+    Orbax waited. Python shows that at `sys.unraisablehook`: a traceback for each, around the sentence that says why. Of
+    reads that fail too, asyncio logs that nobody asked for their errors.
+
+    After an error this lasts, as the threads do: nobody can wait for them. It begins before the reads, for the first
+    thread may be faster than the error.
+    """
+    show, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
     def hook(raised: Any) -> None:
         if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
             show(raised)
 
-    sys.unraisablehook = hook
+    was_disabled = logger.disabled
+    sys.unraisablehook, logger.disabled = hook, True
+    yield
+    sys.unraisablehook, logger.disabled = show, was_disabled

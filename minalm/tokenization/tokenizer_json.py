@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,25 @@ from minalm.tokenization.special_tokens import declared, prefixes, read_object, 
 from minalm.tokenization.vocabulary import META, Vocabulary
 
 
-def load_vocabulary(path: Path) -> Vocabulary:
+def load_vocabulary(path: Path, of_model: bool = False) -> Vocabulary:
     """The vocabulary of a tokenizer.json, or of its folder, whose other files name the special tokens.
 
     Special tokens are the added tokens marked `special` and those that are named (special_tokens.py); other added
     tokens are ordinary text. The chat template is the one of the folder (chat_template.py).
 
+    Ids are those that the file gives, also where the library closes the holes before them. `of_model`: they are rows of
+    a model that is there, so a token that is used must have one id for both.
+
     Raises InputError if there is no such file, if a special token is named that does not exist, or if the tokenizer
     spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
-    try:
-        found = json.loads(file.read_text("utf-8"))
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(
-            f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
-        ) from error
+    found, tokenizer = _read(file)
     spec, changed, names, stops = declared(file, found)
+    moved: dict[str, int] = {}
     if changed or _moved(spec, tokenizer):
+        library = Tokenizer.from_str(json.dumps(spec))
+        moved = {token["content"]: library.token_to_id(token["content"]) for token in _moved(spec, library)}
         spec, tokenizer = _with_ids(spec, str(file))
     bare = _without_prefix_space(spec)
     continuing = None if bare is None else Tokenizer.from_str(json.dumps(bare))
@@ -62,7 +61,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
     if bos and not adds_bos and template is not None and repeats(template, bos[0], SpecialTokens.of(special, strips)):
         names = {name: word for name, word in names.items() if name != "bos_token"}  # it opens messages (SmolLM2)
         bos = []
-    return Vocabulary(
+    vocabulary = Vocabulary(
         name=str(path),
         tokenizer=tokenizer,
         normalizer=_unicode_normalizer(spec.get("normalizer")),
@@ -77,6 +76,21 @@ def load_vocabulary(path: Path) -> Vocabulary:
         spaces_each=_spaces_each(spec),
         adds_bos=adds_bos and bos != [],
     )
+    if of_model:
+        _check_moved(vocabulary, moved)
+    return vocabulary
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Tokenizer]:
+    """A tokenizer.json as it is and as a tokenizer. Raises InputError."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
+    try:
+        return json.loads(file.read_text("utf-8")), Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(
+            f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
+        ) from error
 
 
 # A byte-level BPE writes each byte as one printable character: itself where it is printable, else one from U+0100 on
@@ -191,6 +205,18 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
 def _moved(spec: Mapping[str, Any], tokenizer: Tokenizer) -> list[Mapping[str, Any]]:
     """The added tokens to which the library gives other ids than the file does: it closes holes before them."""
     return [token for token in spec.get("added_tokens") or [] if tokenizer.token_to_id(token["content"]) != token["id"]]
+
+
+def _check_moved(vocabulary: Vocabulary, moved: Mapping[str, int]) -> None:
+    """Raises InputError for a token that is used among those to which the library gives other ids. Any pad will do."""
+    names = {name: word for name, word in vocabulary.names.items() if name != "pad_token"}
+    used = replace(vocabulary, names=names).template_special
+    for word, i in moved.items():
+        if word in used or word not in vocabulary.special:
+            raise InputError(
+                f"{vocabulary.name}: ids before that of {word!r} have holes, so that transformers takes {i} for it: "
+                "write the id that the model has learned into the vocabulary of tokenizer.json too"
+            )
 
 
 def _with_ids(spec: dict[str, Any], name: str) -> tuple[dict[str, Any], Tokenizer]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os.path import commonprefix
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -159,7 +160,10 @@ class Vocabulary:
         beyond = [word for word in self.template_special if self.special[word] >= size]
         if beyond or any(self.token_bytes[size:]):
             which = f" ({beyond[0]!r} has {self.special[beyond[0]]})" if beyond else ""
-            raise InputError(f"{self.name} has ids past the model's {size} rows{which}: use the model's own tokenizer")
+            raise InputError(
+                f"{self.name} has ids past the model's {size} rows{which}: use the model's own tokenizer, "
+                "or give the model rows for them (resize_token_embeddings of transformers)"
+            )
         mask = np.zeros(size, bool)
         mask[: self.size] = self.boundary[:size]
         return mask
@@ -239,15 +243,19 @@ class Vocabulary:
         fits = (bool(each.all()) for each in np.split(right, after[:-1]))
         return [Encoding(*row, fit) for row, fit, _ in zip(rows, fits, pieces)]
 
-    def spelled(self, piece: Piece, side: Literal["student", "teacher"]) -> tuple[bytes, bytes]:
-        """All that is written for a piece, and what its tokens spell, without a space before the first text."""
-        words = {i: word.encode() for word, i in self.special.items()}
-        atoms = [
-            atom.content for number, (content, _) in enumerate(piece) for atom in self._atoms(number, content, side)
-        ]
-        text = b"".join(words[atom] if isinstance(atom, int) else atom.encode() for atom in atoms)
-        (encoding,) = self.encode([piece], side)
-        return text, b"".join(words.get(i, self.token_bytes[i]) for i in encoding.ids.tolist())
+    def misspelled(self, piece: Piece, side: Literal["student", "teacher"]) -> tuple[str, str] | None:
+        """The first text of a piece that its tokens do not spell, and what they spell; None if there is none."""
+        atoms = [atom for n, segment in enumerate(piece) for atom in self._atoms(n, segment.content, side)]
+        special = {n for n, segment in enumerate(piece) if isinstance(segment.content, Special)}
+        items = [item for item in _items(atoms, np.array([len(piece)]), special) if item.text is not None]
+        tokens = self._text_ids([item.text for item in items], [self.spaces_each or item.starts for item in items])
+        for item, ids in zip(items, tokens, strict=True):
+            spelled = b"".join(self.token_bytes[i] for i in ids)
+            if spelled not in (item.text.encode(), b" " + item.text.encode()):
+                # The tokenizer may have put a space before the text: what is nearer is meant.
+                whole, bare = (each.decode(errors="replace") for each in (spelled, spelled.removeprefix(b" ")))
+                return item.text, max(whole, bare, key=lambda each: len(commonprefix([item.text, each])))
+        return None
 
     def _atoms(self, number: int, content: str | Special | Markup, side: str) -> list[_Atom]:
         """What is written for a segment, the one of this number in the batch."""
