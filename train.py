@@ -34,7 +34,7 @@ from minalm.distill.means import total
 from minalm.distill.parts import after, in_parts
 from minalm.errors import check_at_least
 from minalm.models.contract import Model, read
-from minalm.models.head import VocabularyMask
+from minalm.models.head import PrefixTree, VocabularyMask
 from minalm.parallel.distributed import barrier, exit_on_input_error, is_first, join
 from minalm.parallel.mesh import (
     ROWS,
@@ -113,6 +113,7 @@ class Frozen(eqx.Module):
     teacher: Model | None
     student_mask: VocabularyMask
     teacher_mask: VocabularyMask | None
+    tree: PrefixTree | None  # of the teacher's entries, where its next byte is asked for
 
 
 def initial_state(
@@ -127,7 +128,9 @@ def initial_state(
     if put is not shard:
         init, step = init.eval_shape, step.eval_shape
     masks = put(models.student.mask, mesh), None if teacher is None else put(teacher.mask, mesh)
-    frozen = Frozen(put(frozen, mesh, dtype), None if teacher is None else put(teacher.model, mesh, dtype), *masks)
+    tree = None if models.prefixes is None else put(PrefixTree.of(models.prefixes), mesh)
+    teacher = None if teacher is None else put(teacher.model, mesh, dtype)
+    frozen = Frozen(put(frozen, mesh, dtype), teacher, *masks, tree)
     return State(trained, init(trained), step()), frozen
 
 
@@ -144,7 +147,8 @@ def gradients(
 
     def read_teacher(rows):
         ends = rows.chunks.teacher_chunk_end if states else None
-        return read(frozen.teacher, frozen.teacher_mask, rows.teacher, dtype, remat, ends, all_states)
+        places = (frozen.tree, rows.bytes) if config.needs_bytes else None
+        return read(frozen.teacher, frozen.teacher_mask, rows.teacher, dtype, remat, ends, all_states, places)
 
     def trunk(student, rows):
         model, (batch, _) = eqx.combine(student, frozen.student), rows
@@ -156,7 +160,8 @@ def gradients(
     def tail(student, rows, last_output):
         model, (batch, teacher) = eqx.combine(student, frozen.student), rows
         ends = batch.chunks.student_chunk_end if states else None
-        output = model.tail(last_output, batch.student, frozen.student_mask, ends)
+        targets = teacher.byte_targets if config.needs_bytes else None
+        output = model.tail(last_output, batch.student, frozen.student_mask, ends, None, targets)
         return losses.loss_terms(config, batch, output, teacher, normalizers), output.stats.logp
 
     teacher = in_parts(read_teacher, batch, parts) if config.needs_teacher else None
@@ -210,8 +215,9 @@ def main(config: Config) -> None:
             check_out(config.run, inputs)
         mesh = run_mesh(config.mesh, config.data.batch_size, config.compute.accumulation)
         models = setup.load_models(config.student, config.data.student_length, config.seed)
+        models = setup.with_prefixes(models, config.losses)
         setup.check_hidden_states(config.losses, models)
-        texts = setup.load_texts(config.data, models, config.seed, mesh, date)
+        texts = setup.load_texts(config.data, models, config.seed, mesh, date, config.losses.needs_bytes)
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide
 
@@ -277,7 +283,7 @@ def estimated(config: Config) -> estimate.Estimate:
     data, optimizer = config.data, make_optimizer(config.optimizer)
     topology = estimate.parse_topology(config.compile_only)
     mesh = run_mesh(config.mesh, data.batch_size, config.compute.accumulation, estimate.topology_devices(topology))
-    models = setup.model_shapes(config.student, data.student_length, config.seed)
+    models = setup.with_prefixes(setup.model_shapes(config.student, data.student_length, config.seed), config.losses)
     state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype, shard_shapes)
     update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)
     arguments = state, frozen, estimate.batch_shapes(data, models, mesh)

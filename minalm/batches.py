@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64
 
 from minalm.text.documents import Piece
 from minalm.tokenization.align import align
+from minalm.tokenization.prefixes import Prefixes, byte_places
 from minalm.tokenization.suffixes import LongestSuffix
 from minalm.tokenization.vocabulary import Encoding, Vocabulary
 from minalm.types import AlignedChunks, Batch, Tokens
@@ -25,6 +26,7 @@ class Side(NamedTuple):
     vocabulary: Vocabulary
     suffixes: LongestSuffix | None  # only for a model with an input expansion
     length: int  # tokens in a row
+    prefixes: Prefixes | None = None  # only of a teacher whose next byte is asked for
 
 
 def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Batch:
@@ -45,6 +47,9 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
         student=_tokens(ours, student),
         teacher=None if teacher is None else _tokens(theirs, teacher),
         chunks=_chunks(ours, theirs, student, teacher or student),
+        bytes=None
+        if teacher is None or teacher.prefixes is None
+        else byte_places(pieces, ours, theirs, student.length, teacher.length, teacher.prefixes),
         left_out=~np.array(usable, bool),
     )
 

@@ -37,12 +37,21 @@ class AlignedChunks(eqx.Module):
     text_bytes: Int[Array | ndarray, "batch chunk"]  # UTF-8 bytes of text in the chunk; 0: a special part, or unused
 
 
+class BytePlaces(eqx.Module):
+    """Where the teacher says what byte follows each of the student's tokens; -1: nowhere."""
+
+    within: Int[Array | ndarray, "batch student_time"]  # teacher's position that predicts the token under way
+    node: Int[Array | ndarray, "batch student_time"]  # what of that token has been read (tokenization/prefixes.py)
+    after: Int[Array | ndarray, "batch student_time"]  # teacher's position of a token that ended here: its next begins
+
+
 class Batch(eqx.Module):
     """Everything one step reads. Without a teacher the student's tokens are aligned with themselves."""
 
     student: Tokens
     teacher: Tokens | None
     chunks: AlignedChunks
+    bytes: BytePlaces | None  # for the loss next_byte; None: not asked for
     left_out: Bool[Array | ndarray, " batch"]  # rows whose text the two tokenizers do not spell alike: without weight
 
 
@@ -53,8 +62,25 @@ class TokenStats(eqx.Module):
     boundary: Float32[Array, "batch time"]  # log of the probability that a boundary entry comes next
 
 
+class ByteTargets(eqx.Module):
+    """What a teacher implies of the student's next byte, as probabilities of the student's entries ("outcomes")."""
+
+    known: Float32[Array, "batch student_time outcome"]
+    open: Float32[Array, "batch student_time"]  # the probability of which the teacher does not say what it falls on
+    counted: Bool[Array, "batch student_time"]  # whether the teacher says anything
+
+
+class ByteScores(eqx.Module):
+    """A student's distribution of the next byte beside its targets."""
+
+    cross_entropy: Float32[Array, "batch time"]  # nats
+    greedy: Bool[Array, "batch time"]  # whether the most probable outcome is the same
+
+
 class ModelOutput(eqx.Module):
-    """All that a loss may know of a model: token statistics and, where they are compared, hidden states."""
+    """All that a loss may know of a model. What was not asked for is None."""
 
     stats: TokenStats
-    states: Float[Array, "batch depth chunk embed"] | None  # at the ends of chunks; None: not asked for
+    states: Float[Array, "batch depth chunk embed"] | None = None  # at the ends of chunks
+    byte_targets: ByteTargets | None = None  # of a teacher
+    byte_scores: ByteScores | None = None  # of a student

@@ -32,6 +32,8 @@ class LossConfig:
     """Weight of next-token cross-entropy on the student's own tokens."""
     alm: float = 1.0
     """Weight of approximate likelihood matching."""
+    next_byte: float = 0.0
+    """Weight of the cross-entropy of a byte student against the next byte that the teacher implies."""
     latents: float = 0.0
     """Weight of the distance between hidden states at chunk ends."""
     balance: Literal["gradmag", "fixed"] = "gradmag"
@@ -89,6 +91,11 @@ class LossConfig:
     def needs_states(self) -> bool:
         """Whether a loss that is on compares hidden states."""
         return any(LOSSES[name].needs_states for name in self.names)
+
+    @property
+    def needs_bytes(self) -> bool:
+        """Whether a loss that is on compares distributions of the next byte."""
+        return any(LOSSES[name].needs_bytes for name in self.names)
 
     @property
     def compares_all_layers(self) -> bool:
@@ -150,6 +157,7 @@ class Loss(NamedTuple):
     """(config, rows, student, teacher, normalizer) -> what these rows add to the loss."""
     needs_teacher: bool = True
     needs_states: bool = False  # hidden states at the ends of chunks
+    needs_bytes: bool = False  # the teacher's and the student's distribution of the next byte
 
 
 LOSSES = {
@@ -161,6 +169,13 @@ LOSSES = {
     "alm": Loss(
         lambda config, batch, teacher: total(teacher_groups(teacher.stats, batch.chunks, config)[0].end >= 0),
         lambda config, rows, student, teacher, count: alm(student.stats, teacher.stats, rows.chunks, config, count),
+    ),
+    "next_byte": Loss(
+        lambda config, batch, teacher: total(teacher.byte_targets.counted),
+        lambda config, rows, student, teacher, count: mean(
+            student.byte_scores.cross_entropy, teacher.byte_targets.counted, count
+        ),
+        needs_bytes=True,
     ),
     "latents": Loss(
         lambda config, batch, teacher: hidden.normalizer(

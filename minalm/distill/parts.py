@@ -31,5 +31,6 @@ def after(teacher: ModelOutput, batch: Batch) -> Batch:
     Adds to the student's inputs a number of the teacher's that is 0 unless its log-probabilities hold a NaN: XLA on CPU
     drops an `optimization_barrier` before it chooses the order of a program.
     """
-    done = jnp.isnan(jnp.sum(teacher.stats.logp)).astype(jnp.int32)
+    read = teacher.stats.logp if teacher.byte_targets is None else teacher.byte_targets.open
+    done = jnp.isnan(jnp.sum(read)).astype(jnp.int32)
     return eqx.tree_at(lambda batch: batch.student.inputs, batch, batch.student.inputs + done)

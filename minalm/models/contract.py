@@ -5,9 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from minalm.models.head import VocabularyMask
+from minalm.models.head import PrefixTree, VocabularyMask
 from minalm.models.transformer import Remat
-from minalm.types import ModelOutput, Tokens
+from minalm.types import BytePlaces, ByteTargets, ModelOutput, Tokens
 
 
 @runtime_checkable
@@ -42,9 +42,16 @@ class Model(Protocol):
         """The last layer. Hidden states in the trunk's output pass through."""
 
     def tail(
-        self, output: PyTree, tokens: Tokens, mask: VocabularyMask, states_at: Int[Array, "batch chunk"] | None
+        self,
+        output: PyTree,
+        tokens: Tokens,
+        mask: VocabularyMask,
+        states_at: Int[Array, "batch chunk"] | None,
+        bytes_at: tuple[PrefixTree, BytePlaces] | None,
+        targets: ByteTargets | None,
     ) -> ModelOutput:
-        """The rest. With `states_at`, the final hidden states at these positions follow those of the trunk."""
+        """The rest. With `states_at`, the final hidden states at these positions follow those of the trunk. With
+        `bytes_at`, what a teacher implies of the next byte there; with `targets`, how a byte student compares to it."""
 
     def in_tail(self) -> "Model":
         """True in the place of each parameter that `tail` reads, else False."""
@@ -58,6 +65,8 @@ def read(
     remat: Remat = "none",
     states_at: Int[Array, "batch chunk"] | None = None,
     all_layers: bool = False,
+    bytes_at: tuple[PrefixTree, BytePlaces] | None = None,
+    targets: ByteTargets | None = None,
 ) -> ModelOutput:
     """What a model says of one side of a batch. Runs inside `shard_map`.
 
@@ -65,4 +74,4 @@ def read(
     `all_layers` also the embeddings and the output of each layer but the last.
     """
     output = model.trunk(tokens, dtype, remat, states_at if all_layers else None)
-    return model.tail(model.last_layer(output, remat), tokens, mask, states_at)
+    return model.tail(model.last_layer(output, remat), tokens, mask, states_at, bytes_at, targets)

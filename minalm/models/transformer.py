@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from minalm.models import layers
 from minalm.models.attention import SAVED, self_attention
 from minalm.models.config import LayerSettings, ModelConfig
-from minalm.models.head import VocabularyMask, token_stats
+from minalm.models.head import PrefixTree, VocabularyMask, byte_scores, byte_targets, token_stats
 from minalm.parallel.collectives import GATHERED, gather, lookup, tp_share, tp_size, tp_sum
 from minalm.parallel.mesh import TP_OR_WHOLE, param
-from minalm.types import ModelOutput, Tokens
+from minalm.types import BytePlaces, ByteTargets, ModelOutput, Tokens
 
 SUMMED = "summed"  # the name under which a policy finds sums over `tp`, which take messages to compute again
 REMAT_SAVES = {  # what a block saves for its backward pass beside its input, by name; the rest is computed again
@@ -203,6 +203,8 @@ class Transformer(eqx.Module):
         tokens: Tokens,
         mask: VocabularyMask,
         states_at: Int[Array, "batch chunk"] | None = None,
+        bytes_at: tuple[PrefixTree, BytePlaces] | None = None,
+        targets: ByteTargets | None = None,
     ) -> ModelOutput:
         """Final norm and head; the final states at `states_at` follow those of the trunk."""
         x = self.final_norm(output.x)
@@ -211,8 +213,13 @@ class Transformer(eqx.Module):
             final = pick(x, states_at)[:, None]
             states = final if states is None else jnp.concatenate([states, final], axis=1)
         x = self.before_head(x)
-        stats = token_stats(x, tokens.targets, self.unembedding, mask, self.config.final_softcap)
-        return ModelOutput(stats, states)
+        table, cap = self.unembedding, self.config.final_softcap
+        return ModelOutput(
+            stats=token_stats(x, tokens.targets, table, mask, cap),
+            states=states,
+            byte_targets=None if bytes_at is None else byte_targets(x, tokens.targets, table, mask, cap, *bytes_at),
+            byte_scores=None if targets is None else byte_scores(x, table, mask, cap, targets),
+        )
 
     def stacked_blocks(
         self,

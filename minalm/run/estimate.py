@@ -27,7 +27,7 @@ from minalm.models.config import ModelConfig
 from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import ROWS, shardings
 from minalm.run.setup import DataConfig, Models
-from minalm.types import AlignedChunks, Batch, Tokens
+from minalm.types import AlignedChunks, Batch, BytePlaces, Tokens
 
 # --- chips --------------------------------------------------------------------------------------------------------
 
@@ -215,6 +215,7 @@ def batch_shapes(data: DataConfig, models: Models, mesh: Mesh) -> Batch:
             before_space=rows(chunks, dtype=bool),
             text_bytes=rows(chunks),
         ),
+        bytes=models.prefixes and BytePlaces(*(rows(student) for _ in range(3))),
         left_out=rows(dtype=bool),
     )
     layout = shardings(ROWS, mesh)

@@ -107,15 +107,15 @@ class Recorder:
         student, masks = eqx.combine(trained, frozen.student), (frozen.student_mask, frozen.teacher_mask)
         if self.evaluations.at(step) is None:
             batches = texts.held_out_batches(self.config.evaluation_skip, self.config.evaluation_rows)
-            found = measure(student, frozen.teacher, *masks, batches, mesh, dtype)
+            found = measure(student, frozen.teacher, *masks, frozen.tree, batches, mesh, dtype)
             if not np.isfinite(list(found.values())).all():
                 raise InputError(
                     f"held-out text after step {step} gave numbers that are not finite ({found}): "
                     "try --compute-dtype float32, or other weights"
                 )
-            agreement = found.pop("agreement", None)
+            others = {name: found.pop(name, None) for name in ("agreement", "greedy", "calibration")}
             seconds = self.seconds() if step else 0.0
-            self.evaluations.write({"step": step, "seconds": seconds, "bits_per_byte": found, "agreement": agreement})
+            self.evaluations.write({"step": step, "seconds": seconds, "bits_per_byte": found, **others})
         if self.config.samples and step in (0, self.steps) and self.samples.at(step) is None:
             shown = continue_texts(
                 student, masks[0], texts.student, texts.held_out, self.config.samples, mesh, dtype, texts.seed
@@ -129,18 +129,20 @@ class Recorder:
     def finish(self) -> None:
         """The table of results, and summary.json, on the first process."""
         bits: dict[str, float | None] = {"teacher": None}
-        agreement = {}
+        others: dict[str, dict[str, float | None]] = {"agreement": {}, "greedy": {}, "calibration": {}}
         for name, step in (("student_start", 0), ("student_end", self.steps)):
-            row = self.evaluations.at(step) or {"bits_per_byte": {}, "agreement": None}
-            bits[name], agreement[name] = row["bits_per_byte"].get("student"), row["agreement"]
+            row = self.evaluations.at(step) or {"bits_per_byte": {}}
+            bits[name] = row["bits_per_byte"].get("student")
+            for measured, ends in others.items():
+                ends[name] = row.get(measured)
             bits["teacher"] = row["bits_per_byte"].get("teacher")
         if self.texts.held_out is not None:
-            console.show_results(bits, agreement)
+            console.show_results(bits, others["agreement"])
         if self.dropped:
             console.say(f"{self.dropped} texts were left out: the two tokenizers do not spell them alike.")
         summary = {
             "bits_per_byte": bits,
-            "agreement": agreement,
+            **others,
             "steps": self.steps,
             "seconds": self.metrics.rows[-1]["seconds"],
         }

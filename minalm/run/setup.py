@@ -32,6 +32,7 @@ from minalm.text.corpus import Corpus, read_corpus, text_corpus
 from minalm.text.documents import Piece, Special
 from minalm.text.stdlib import stdlib_documents
 from minalm.tokenization.chats import ChatReader
+from minalm.tokenization.prefixes import Prefixes, find_prefixes, typical_prefixes
 from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
 from minalm.tokenization.transfer import plan_transfer
@@ -143,6 +144,7 @@ class Models:
     teacher: LoadedModel | None
     trained: Transformer  # the student as bools: which parameters are trained
     generation_config: GenerationConfig
+    prefixes: Prefixes | None = None  # of the teacher, if its next byte is asked for
 
     def write_student(self, folder: Path) -> None:
         """What of the student training does not change, as a folder."""
@@ -239,6 +241,22 @@ def new_student(
     return student if config.student_weights == "transfer" else initialize(student.config, jax.random.key(seed))
 
 
+def with_prefixes(models: Models, losses: LossConfig) -> Models:
+    """The models with what is to know of the teacher's entries, for a loss on the next byte and to evaluate bytes.
+
+    Raises InputError if a loss asks for it and the student or the teacher has no bytes.
+    """
+    student, teacher = models.student, models.teacher
+    in_bytes = student.vocabulary is not None and student.vocabulary.tokenizer is None
+    if teacher is None or not (losses.needs_bytes or in_bytes):
+        return models
+    rows = teacher.model.config.vocab_size, student.model.config.vocab_size
+    if teacher.vocabulary is None:
+        return dataclasses.replace(models, prefixes=typical_prefixes(*rows))
+    found = find_prefixes(teacher.vocabulary, student.vocabulary, *rows)
+    return dataclasses.replace(models, prefixes=found)
+
+
 def check_hidden_states(losses: LossConfig, models: Models) -> None:
     """Raises InputError unless the hidden states that a loss compares are of one shape."""
     found = [name for name in losses.names if LOSSES[name].needs_states]
@@ -306,6 +324,7 @@ class Texts:
     teacher: Side | None
     seed: int
     mesh: Mesh
+    needs_bytes: bool  # whether the losses compare the next byte; the evaluation does where it can
 
     def rows(self, pieces: list[Piece]) -> Batch:
         """Of a batch of these pieces, the rows of this process's devices."""
@@ -313,7 +332,8 @@ class Texts:
 
     def batch(self, step: int) -> Batch:
         """What the update after `step` others learns from."""
-        return self.rows(self.training.batch(self.seed, step, self.config.batch_size))
+        without = dataclasses.replace(self, teacher=self.teacher and self.teacher._replace(prefixes=None))
+        return (self if self.needs_bytes else without).rows(self.training.batch(self.seed, step, self.config.batch_size))
 
     def first_chat(self) -> Piece | None:
         """The first piece of training text that is of a chat, if there is one among the first thousand."""
@@ -328,7 +348,9 @@ class Texts:
             yield self.rows(pieces[first : first + self.config.batch_size])
 
 
-def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh, date: str) -> Texts:
+def load_texts(
+    config: DataConfig, models: Models, seed: int, mesh: Mesh, date: str, needs_bytes: bool = False
+) -> Texts:
     """Training and held-out text; all of it is read and checked. `date` is what chat templates take for today.
 
     Raises InputError.
@@ -344,9 +366,10 @@ def load_texts(config: DataConfig, models: Models, seed: int, mesh: Mesh, date: 
         held_out=held_out,
         notes=[f"{count:,} chats {note}" for note, count in read_chat.notes.items()],
         student=Side(student.vocabulary, student.suffixes, config.student_length),
-        teacher=None if teacher is None else Side(teacher.vocabulary, teacher.suffixes, config.teacher_length),
+        teacher=teacher and Side(teacher.vocabulary, teacher.suffixes, config.teacher_length, models.prefixes),
         seed=seed,
         mesh=mesh,
+        needs_bytes=needs_bytes,
     )
     return dataclasses.replace(texts, notes=[*texts.notes, *check_targets(texts)])
 

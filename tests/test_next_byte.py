@@ -1,0 +1,189 @@
+"""The next byte that a teacher implies, against an enumeration of all entries in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_tokenizers import vocabulary
+
+from minalm.batches import Side, make_batch
+from minalm.errors import InputError
+from minalm.models import head
+from minalm.models.head import PrefixTree, VocabularyMask, byte_scores, byte_targets
+from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
+from minalm.text.documents import Markup, Segment, Special
+from minalm.tokenization import prefixes
+from minalm.types import ByteTargets
+
+EMBED = 8
+CAP = 3.0
+
+
+def plain(text):
+    return Segment(Special("bos")), Segment(text), Segment(Special("eos"))
+
+
+def special(*words):
+    return Segment(Markup(words, words), False)
+
+
+CHAT = (
+    special("<bos>"),
+    special("<start_of_turn>", "user\n"),
+    Segment("the 日本 model?\n\n\n", False),
+    special("<end_of_turn>", "\n", "<start_of_turn>", "model\n"),
+    Segment("\n hello there"),
+    Segment(Markup(("<end_of_turn>", "\n"), ("<end_of_turn>", "\n"))),
+)
+TEXTS = ["the user said to the model: hello there", " the  end. 日 本語 é\x00ü\n\n\n\n<eos>", "", "er", "\u2581a\u2581 the"]
+PIECES = [*map(plain, TEXTS), CHAT]
+KINDS = ["gemma", "llama", "llama2", "metaspace", "qwen"]
+
+
+def sides(kind, student_length=64, teacher_length=64, rows=None):
+    teacher, student = vocabulary(kind), vocabulary(f"bytes of {kind}")
+    rows = rows or -(-teacher.size // 8) * 8
+    found = prefixes.find_prefixes(teacher, student, rows, -(-student.size // 8) * 8)
+    return Side(student, None, student_length), Side(teacher, None, teacher_length, found)
+
+
+def random_model(rows, scale=1.0, seed=0):
+    """(states of the teacher for 8 rows of 64 positions, its table)."""
+    random = np.random.default_rng(seed)
+    hidden, table = random.normal(size=(8, 64, EMBED)), random.normal(size=(rows, EMBED))
+    return hidden.astype(np.float32), (scale * table).astype(np.float32)
+
+
+def symbols(vocab, ids):
+    """What each token spells: bytes, or a word."""
+    names = {i: word for word, i in vocab.special.items()}
+    return [[names[i]] if i in names else list(vocab.token_bytes[i]) for i in ids]
+
+
+def enumerated(piece, student, teacher, probabilities, outcomes):
+    """{student's position: (known, open)} of one row, from sums over entries by `bytes.startswith`.
+
+    `probabilities[t, v]`: of the entry v after the teacher's token t.
+    """
+    (our,), (their,) = student.encode([piece]), teacher.encode([piece], "teacher")
+    if not (our.round_trips and their.round_trips):
+        return {}
+    read, tokens = [s for each in symbols(student, our.ids) for s in each], symbols(teacher, their.ids)
+    names = {i: word for word, i in teacher.special.items()}
+
+    def begins(t, u):
+        return sum(p for p, token in zip(probabilities[t], teacher.token_bytes) if token and token.startswith(u))
+
+    def equal(t, u):
+        return sum(p for p, token in zip(probabilities[t], teacher.token_bytes) if token == u)
+
+    def first(t):
+        q = np.zeros(outcomes)
+        for v, (p, token) in enumerate(zip(probabilities[t], teacher.token_bytes)):
+            if token:
+                q[token[0]] += p
+            elif names.get(v) in student.special:
+                q[student.special[names[v]]] += p
+        return q
+
+    found = {}
+    place = 0  # in `tokens`
+    offset = 0  # symbols of that token that have been read
+    for position, symbol in enumerate(read):
+        while True:
+            # A token is left when all of it was read. A space that is not in the text counts as read.
+            if place < len(tokens) and offset == len(tokens[place]):
+                place, offset = place + 1, 0
+                continue
+            expected = tokens[place][offset] if place < len(tokens) else None
+            if expected == symbol:
+                offset += 1
+                break
+            assert expected == 32 and teacher.continuing is not None, "only a space that the tokenizer added"
+            offset += 1
+        # The space that is put before a text belongs to the position before the text.
+        if place < len(tokens) and isinstance(symbol, str) and teacher.continuing is not None:
+            following = tokens[place + 1] if place + 1 < len(tokens) else []
+            upcoming = read[position + 1] if position + 1 < len(read) else None
+            if following[:1] == [32] and upcoming is not None and upcoming != 32:
+                place, offset = place + 1, 1
+            elif following == [32] and upcoming == 32 and tokens[place + 2][:1] == [32]:
+                place, offset = place + 1, 1
+        token = tokens[place]
+        if position + 1 == len(read) or (place == 0 and not isinstance(token[0], str)):
+            continue
+        known, open_share = np.zeros(outcomes), 0.0
+        if isinstance(token[0], str):
+            known = first(place)
+        else:
+            u = bytes(token[:offset])
+            total = begins(place - 1, u)
+            for byte in range(256):
+                known[byte] = begins(place - 1, u + bytes([byte])) / total
+            ended = equal(place - 1, u) / total
+            if offset == len(token):
+                known += ended * first(place)
+            else:
+                open_share = ended
+        found[position] = known, open_share
+    return found
+
+
+def softmax(hidden, table, rows, cap=CAP):
+    logits = hidden.astype(np.float64) @ table[:rows].astype(np.float64).T
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def implied(batch, teacher, hidden, table, fsdp=1, tp=1, cap=CAP):
+    """`byte_targets` of a batch on a mesh."""
+    mesh = make_mesh(fsdp, tp)
+    mask = VocabularyMask(np.arange(len(table)) < teacher.vocabulary.size, np.zeros(len(table), bool))
+    tree = PrefixTree.of(teacher.prefixes)
+
+    def run(hidden, tokens, places, table, mask, tree):
+        return byte_targets(hidden, tokens.targets, table, mask, cap, tree, places)
+
+    layout = (ROWS, ROWS, ROWS, P("tp", "fsdp"), specs(mask, mesh), specs(tree, mesh))
+    mapped = shard_map(run, mesh=mesh, in_specs=layout, out_specs=ROWS)
+    arguments = hidden, batch.teacher, batch.bytes, table, shard(mask, mesh), shard(tree, mesh)
+    with jax.default_matmul_precision("highest"):
+        return jax.device_get(jax.jit(mapped)(*arguments))
+
+
+def padded(pieces):
+    return [*pieces, *[()] * (8 - len(pieces))]
+
+
+@pytest.mark.parametrize("window", [1, 3, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_an_enumeration(kind, window, monkeypatch):
+    monkeypatch.setattr(prefixes, "WINDOW", window)
+    monkeypatch.setattr(head, "WINDOW", window)
+    student, teacher = sides(kind)
+    pieces = padded(PIECES if kind == "gemma" else PIECES[:-1])
+    batch = make_batch(pieces, student, teacher)
+    hidden, table = random_model(len(teacher.prefixes.slot))
+    found = implied(batch, teacher, hidden, table)
+    outcomes = found.known.shape[-1]
+    compared = 0
+    for row, piece in enumerate(pieces):
+        if batch.left_out[row]:
+            continue
+        p = softmax(hidden[row], table, teacher.vocabulary.size)
+        expected = enumerated(piece, student.vocabulary, teacher.vocabulary, p, outcomes)
+        for position in range(64):
+            if not found.counted[row, position]:
+                continue
+            known, open_share = expected[position]
+            np.testing.assert_allclose(found.known[row, position], known, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(found.open[row, position], open_share, rtol=0, atol=1e-6)
+            compared += 1
+        if piece is not CHAT:
+            assert set(np.flatnonzero(found.counted[row])) == set(expected)
+    assert compared > 75
