@@ -1,33 +1,49 @@
-"""Which losses win: the quickstart's student by five recipes, on all of the teacher's text and on a slice of it.
+"""What teaches a byte student: recipes compared on the quickstart's models and text.
 
-    python benchmarks/recipes.py
+    python benchmarks/recipes.py                    # all recipes, 250 steps, three shares of the text
+    python benchmarks/recipes.py --table quickstart # the quickstart's own setting: the README's table
 
-Each recipe takes its learning rate from runs on all of the text that are evaluated on other held-out rows than the
-table is. One process a
-core, one core a process. Prints a table for the README; `runs/recipes` keeps every run, and what is there is not run
-again.
+Each recipe takes its learning rate from runs on all of the text with seed 0, measured on other held-out rows than the
+table is; the grid grows by a factor of 2 until its edge is not the best. One process a core, one core a process.
+`--out` keeps every run, and what is there is not run again.
 """
 
-import itertools
 import json
 import multiprocessing
 import os
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-RECIPES = {
-    "sft": ["--losses.alm", "0"],
-    "alm": ["--losses.sft", "0"],
-    "alm + sft": [],
-    "alm + sft + latents": ["--losses.latents", "1"],
-    "alm + sft, tau 5": ["--losses.tau", "5"],
+RECIPES = {  # name -> weights of the losses that are on, and further flags
+    "sft": ({"sft": 1}, []),
+    "alm + sft": ({"alm": 1, "sft": 1}, []),
+    "next byte": ({"next_byte": 1}, []),
+    "next byte + sft": ({"next_byte": 1, "sft": 1}, []),
+    "alm + sft, tau 5": ({"alm": 1, "sft": 1}, ["--losses.tau", "5"]),
+    "alm + sft + latents": ({"alm": 1, "sft": 1, "latents": 1}, []),
+    "next byte + alm": ({"next_byte": 1, "alm": 1}, []),
+    "next byte + latents": ({"next_byte": 1, "latents": 1}, []),
+    "next byte + sft, fixed weights": ({"next_byte": 1, "sft": 1}, ["--losses.balance", "fixed"]),
+    "alm + sft, fixed weights": ({"alm": 1, "sft": 1}, ["--losses.balance", "fixed"]),
+    "alm + sft, unbiased chunks": ({"alm": 1, "sft": 1}, ["--losses.chunks", "unbiased"]),
+}
+MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
+QUICKSTART = {  # rows of the README's table
+    "the quickstart": [],
+    "sft alone": ["--losses.next-byte", "0", "--losses.alm", "0", "--losses.sft", "1"],
+    "alm + sft": ["--losses.next-byte", "0", "--losses.alm", "1", "--losses.sft", "1"],
+    "control: random weights, sft alone": [
+        *("--losses.next-byte", "0", "--losses.alm", "0", "--losses.sft", "1", "--student-weights", "random"),
+    ],
 }
 
 
@@ -35,14 +51,20 @@ RECIPES = {
 class Settings:
     """What is compared."""
 
+    table: Literal["recipes", "quickstart"] = "recipes"
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    """Names of RECIPES."""
     steps: int = 250
-    batch_size: int = 4
-    fractions: tuple[float, ...] = (1.0, 0.01)
+    shorter: int | None = None
+    """Also runs of this many steps, with the learning rates of the others."""
+    fractions: tuple[float, ...] = (1.0, 0.1, 0.01)
     """Shares of the teacher's training documents that the student sees."""
-    learning_rates: tuple[float, ...] = (3e-3, 6e-3)
+    rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
+    """Learning rates to begin with."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    rows: int = 256
+    rows: int = 128
     """Rows of held-out text in the table; as many others choose the learning rates."""
+    cores: tuple[int, ...] = tuple(sorted(os.sched_getaffinity(0)))
     out: Path = Path("runs/recipes")
 
 
@@ -61,60 +83,116 @@ def one_core(cores) -> None:
     sys.stdout = open(os.devnull, "w")
 
 
+def measured(summary: dict) -> tuple[float, ...]:
+    """MEASURES of a run's student."""
+    others = (summary[name]["student_end"] for name in ("agreement", "greedy", "calibration"))
+    return summary["bits_per_byte"]["student_end"], *others
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation of a sample."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def row(summaries: list[dict]) -> str:
+    return " | ".join(spread(list(values)) for values in zip(*map(measured, summaries)))
+
+
+class Study:
+    """Runs of the recipes, by a pool of processes."""
+
+    def __init__(self, settings: Settings, submit: Callable[..., Future]):
+        self.settings, self.submit = settings, submit
+
+    def arguments(self, recipe: str, steps: int, fraction: float, rate: float, seed: int, choosing: bool) -> list[str]:
+        weights, flags = RECIPES[recipe]
+        losses = ("sft", "alm", "next_byte", "latents")
+        return [
+            *(word for loss in losses for word in (f"--losses.{loss.replace('_', '-')}", str(weights.get(loss, 0)))),
+            *flags,
+            *("--steps", str(steps), "--stdlib-fraction", str(fraction), "--learning-rate", str(rate)),
+            *("--seed", str(seed), "--evaluation-rows", str(self.settings.rows)),
+            *("--evaluation-skip", str(self.settings.rows if choosing else 0)),
+            *("--no-train-expansion", "--samples", "0", "--save-interval", str(steps)),
+        ]
+
+    def start(self, recipe: str, steps: int, fraction: float, rate: float, seed: int, choosing: bool = False) -> Future:
+        name = f"{recipe.replace(' ', '')}/{steps}-{fraction}-{rate:g}-{seed}{'-choosing' if choosing else ''}"
+        arguments = self.arguments(recipe, steps, fraction, rate, seed, choosing)
+        return self.submit(run, arguments, self.settings.out / name)
+
+    def best_rate(self, recipe: str) -> float:
+        """Of a grid whose edge is not the best."""
+        rates, found = set(self.settings.rates), {}
+        while True:
+            tried = {
+                rate: self.start(recipe, self.settings.steps, 1.0, rate, 0, True) for rate in sorted(rates - set(found))
+            }
+            found |= {rate: measured(future.result())[0] for rate, future in tried.items()}
+            best = min(found, key=found.__getitem__)
+            if min(found) < best < max(found):
+                return best
+            rates.add(best * 2 if best == max(found) else best / 2)
+
+    def recipe(self, recipe: str) -> tuple[float, dict[tuple[int, float], list[dict]]]:
+        """(learning rate, (steps, share) -> a summary for each seed)."""
+        rate, lengths = self.best_rate(recipe), [self.settings.steps, self.settings.shorter]
+        runs = {
+            (steps, fraction): [self.start(recipe, steps, fraction, rate, seed) for seed in self.settings.seeds]
+            for steps in lengths
+            if steps is not None
+            for fraction in self.settings.fractions
+        }
+        return rate, {key: [future.result() for future in futures] for key, futures in runs.items()}
+
+
 def main(settings: Settings) -> None:
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
-    for core in sorted(os.sched_getaffinity(0)):
+    for core in settings.cores:
         cores.put(core)
-    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, one_core, (cores,))
-
-    def submit(fraction: float, recipe: str, rate: float, seed: int, choosing: bool):
-        name = f"{fraction}/{recipe.replace(' ', '')}/{rate}/{seed}{'-choosing' if choosing else ''}"
-        arguments = [
-            *RECIPES[recipe],
-            *("--steps", str(settings.steps), "--batch-size", str(settings.batch_size)),
-            *("--stdlib-fraction", str(fraction), "--learning-rate", str(rate), "--seed", str(seed)),
-            *("--evaluation-rows", str(settings.rows), "--evaluation-skip", str(settings.rows if choosing else 0)),
-            *("--no-train-expansion", "--samples", "0", "--save-interval", str(settings.steps)),
-        ]
-        return pool.submit(run, arguments, settings.out / name)
-
-    choosing = {
-        (recipe, rate): submit(settings.fractions[0], recipe, rate, settings.seeds[0], True)
-        for recipe, rate in itertools.product(RECIPES, settings.learning_rates)
-    }
-    best = {
-        recipe: min(settings.learning_rates, key=lambda rate: bits(choosing[recipe, rate].result()))
-        for recipe in RECIPES
-    }
-    final = {
-        (fraction, recipe): [submit(fraction, recipe, best[recipe], seed, False) for seed in settings.seeds]
-        for fraction, recipe in itertools.product(settings.fractions, RECIPES)
-    }
-    print(
-        f"{settings.steps} steps of {settings.batch_size} rows; bits per byte; nats per chunk; seeds {settings.seeds}\n"
-    )
-    print("| student trains on | recipe | learning rate | bits per byte | mean abs. difference of log p per chunk |")
-    print("|---|---|---|---|---|")
-    for (fraction, recipe), futures in final.items():
-        summaries = [future.result() for future in futures]
-        differences = [summary["agreement"]["student_end"] for summary in summaries]
-        print(
-            f"| {fraction:.0%} of the text | {recipe} | {best[recipe]:g} | {spread(map(bits, summaries))} "
-            f"| {spread(differences)} |",
-            flush=True,
+    pool = ProcessPoolExecutor(len(settings.cores), context, one_core, (cores,))
+    if settings.table == "quickstart":
+        return quickstart(settings, pool)
+    study = Study(settings, pool.submit)
+    with ThreadPoolExecutor(len(settings.recipes)) as threads:
+        found = dict(zip(settings.recipes, threads.map(study.recipe, settings.recipes), strict=True))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / "results.json").write_text(
+        json.dumps(
+            {
+                name: {"rate": rate, **{f"{steps} {share}": list(map(measured, all_)) for (steps, share), all_ in runs.items()}}
+                for name, (rate, runs) in found.items()
+            },
+            indent=1,
         )
+    )
+    print(f"seeds {settings.seeds}, {settings.rows} held-out rows\n")
+    print(f"| steps | share of the text | recipe | learning rate | {' | '.join(MEASURES)} |")
+    print("|---" * (4 + len(MEASURES)) + "|")
+    for key in next(iter(found.values()))[1]:
+        for name, (rate, runs) in found.items():
+            print(f"| {key[0]} | {key[1]:.0%} | {name} | {rate:g} | {row(runs[key])} |")
+
+
+def quickstart(settings: Settings, pool: ProcessPoolExecutor) -> None:
+    """The README's table: the quickstart as it is, and what it is compared with."""
+    rows = {
+        name: [
+            pool.submit(run, [*flags, "--seed", str(seed), "--samples", "0"], settings.out / f"quickstart-{number}-{seed}")
+            for seed in settings.seeds
+        ]
+        for number, (name, flags) in enumerate(QUICKSTART.items())
+    }
+    print(f"| | {' | '.join(MEASURES)} | seconds |")
+    print("|---" * (2 + len(MEASURES)) + "|")
+    for name, futures in rows.items():
+        summaries = [future.result() for future in futures]
+        seconds = statistics.mean(summary["seconds"] for summary in summaries)
+        print(f"| {name} | {row(summaries)} | {seconds:.0f} |", flush=True)
     ends = summaries[0]["bits_per_byte"]
-    print(f"\nteacher: {ends['teacher']:.3f}; student before: {ends['student_start']:.3f}")
-
-
-def bits(summary: dict) -> float:
-    return summary["bits_per_byte"]["student_end"]
-
-
-def spread(values) -> str:
-    values = list(values)
-    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
+    print(f"\nteacher: {ends['teacher']:.3f} bits per byte; student before: {ends['student_start']:.3f}")
 
 
 if __name__ == "__main__":

@@ -187,3 +187,115 @@ def test_against_an_enumeration(kind, window, monkeypatch):
         if piece is not CHAT:
             assert set(np.flatnonzero(found.counted[row])) == set(expected)
     assert compared > 75
+
+
+def test_small_masses_keep_their_digits():
+    """A word of probability e^-60 among others: what follows inside of it is right to float32's digits."""
+    student, teacher = sides("llama")
+    batch = make_batch(padded([plain("the user")]), student, teacher)
+    hidden, table = random_model(len(teacher.prefixes.slot))
+    user = [i for i, token in enumerate(teacher.vocabulary.token_bytes) if token.startswith(b" u")]
+    table[:, 0], hidden[..., 0] = 0.0, 60.0
+    table[user, 0] = -1.0
+    found = implied(batch, teacher, hidden, table, cap=None)
+    p = softmax(hidden[0], table, teacher.vocabulary.size, None)
+    expected = enumerated(plain("the user"), student.vocabulary, teacher.vocabulary, p, found.known.shape[-1])
+    position = 5  # behind " u"
+    assert found.counted[0, position] and p[1][user].sum() < 1e-20
+    np.testing.assert_allclose(found.known[0, position], expected[position][0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return targets_of(1, 1)
+
+
+def targets_of(fsdp, tp):
+    student, teacher = sides("gemma")
+    batch = make_batch(padded(PIECES), student, teacher)
+    return jax.tree.leaves(implied(batch, teacher, *random_model(len(teacher.prefixes.slot)), fsdp, tp))
+
+
+@pytest.mark.parametrize("fsdp, tp", [(4, 2), (2, 4)])
+def test_targets_on_a_mesh(whole, fsdp, tp):
+    for found, expected in zip(targets_of(fsdp, tp), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries, elements, positions", [(7, 350, 64), (1000, 2**22, 128), (16, 64, 1)])
+def test_blocks_do_not_change_the_targets(whole, monkeypatch, entries, elements, positions):
+    monkeypatch.setattr(head, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(head, "BLOCK_POSITIONS", positions)
+    for found, expected in zip(targets_of(1, 1), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+OUTCOMES = 24
+
+
+def score_arguments(scale=1.0):
+    random = np.random.default_rng(3)
+    hidden = scale * random.normal(size=(8, 12, EMBED))
+    table = random.normal(size=(OUTCOMES, EMBED))
+    known = random.dirichlet(np.full(OUTCOMES, 0.3), (8, 12)) * random.random((8, 12, 1))
+    known[..., -3:] = 0.0  # rows of padding
+    open_share = (1.0 - known.sum(-1)) * (random.random((8, 12)) < 0.5)
+    targets = known.astype(np.float32), open_share.astype(np.float32), random.random((8, 12)) < 0.7
+    weight = random.normal(size=(8, 12))
+    return hidden.astype(np.float32), table.astype(np.float32), ByteTargets(*map(jnp.array, targets)), weight
+
+
+def plain_scores(hidden, table, targets, cap):
+    """Cross-entropy by the formula, for autodiff in float64."""
+    logits = hidden @ table[:-3].T
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    logp = jax.nn.log_softmax(logits)
+    known = targets.known[..., :-3].astype(jnp.float64)
+    excess = jnp.maximum(jnp.exp(jax.lax.stop_gradient(logp)) - known, 0.0)
+    q = known + targets.open[..., None].astype(jnp.float64) * excess / excess.sum(-1, keepdims=True)
+    return -(q * logp).sum(-1), logp.argmax(-1) == known.argmax(-1)
+
+
+def scores(hidden, table, targets, weight, cap, fsdp=1, tp=1):
+    """(cross-entropy, greedy, gradients of the weighted sum) on a mesh."""
+    mesh = make_mesh(fsdp, tp)
+    mask = VocabularyMask(np.arange(OUTCOMES) < OUTCOMES - 3, np.zeros(OUTCOMES, bool))
+
+    def run(hidden, table, targets, weight, mask):
+        def value(hidden, table):
+            found = byte_scores(hidden, table, mask, cap, targets)
+            return jnp.sum(weight * found.cross_entropy), found
+
+        gradient, found = jax.grad(value, (0, 1), has_aux=True)(hidden, table)
+        return found, gradient
+
+    layout = P("tp", "fsdp")
+    mapped = shard_map(
+        run, mesh, in_specs=(ROWS, layout, ROWS, ROWS, specs(mask, mesh)), out_specs=(ROWS, (ROWS, layout))
+    )
+    with jax.default_matmul_precision("highest"):
+        return jax.device_get(jax.jit(mapped)(hidden, table, targets, weight.astype(np.float32), shard(mask, mesh)))
+
+
+@pytest.mark.parametrize("fsdp, tp", [(1, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize("cap, elements", [(None, 2**22), (2.0, 50)])
+def test_scores(cap, elements, fsdp, tp, monkeypatch):
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", elements)
+    tp = tp if OUTCOMES % tp == 0 else 1
+    hidden, table, targets, weight = score_arguments()
+    found, gradients = scores(hidden, table, targets, weight, cap, fsdp, tp)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        exact = [jnp.array(x, jnp.float64) for x in (hidden, table)]
+        cross_entropy, greedy = plain_scores(*exact, targets, cap)
+        expected = jax.grad(lambda h, t: jnp.sum(weight * plain_scores(h, t, targets, cap)[0]), (0, 1))(*exact)
+        cross_entropy, greedy, expected = jax.device_get((cross_entropy, greedy, expected))
+    np.testing.assert_allclose(found.cross_entropy, cross_entropy, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.greedy, greedy)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_what_is_refused():
+    with pytest.raises(InputError, match="is for byte students"):
+        prefixes.find_prefixes(vocabulary("gemma"), vocabulary("llama"), 400, 400)
