@@ -46,6 +46,7 @@ class Case:
     tp: int = 1
     accumulation: int = 1
     remat: str = "dots"
+    losses: tuple[str, ...] = ("sft", "alm", "latents")
     steps: int = 5
 
 
@@ -57,7 +58,7 @@ def measure(case: Case) -> dict[str, float]:
 
     import train
     from minalm import batches as batching
-    from minalm.distill.losses import LossConfig
+    from minalm.distill.losses import LOSSES, LossConfig
     from minalm.huggingface.folder import GenerationConfig
     from minalm.models.config import ModelConfig
     from minalm.models.head import VocabularyMask
@@ -67,14 +68,14 @@ def measure(case: Case) -> dict[str, float]:
     from minalm.run import estimate
     from minalm.run.compute import ComputeConfig
     from minalm.run.optimizer import OptimizerConfig, make_optimizer
-    from minalm.run.setup import LoadedModel, Models, StudentConfig, trained_parameters
+    from minalm.run.setup import LoadedModel, Models, StudentConfig, trained_parameters, with_prefixes
     from minalm.text.corpus import text_corpus
     from minalm.text.stdlib import stdlib_documents
     from minalm.tokenization.suffixes import longest_suffix
     from minalm.tokenization.tokenizer_json import load_vocabulary
     from minalm.tokenization.vocabulary import byte_vocabulary
 
-    losses = LossConfig(sft=1.0, alm=1.0, latents=1.0)
+    losses = LossConfig(**{name: float(name in case.losses) for name in LOSSES})
     compute = ComputeConfig(case.dtype, case.accumulation, case.remat)
     shape = ModelConfig(
         vocab_size=case.vocabulary,
@@ -96,22 +97,35 @@ def measure(case: Case) -> dict[str, float]:
     mesh = make_mesh(case.fsdp, case.tp)
     student, teacher = (initialize(c, jax.random.key(i)) for i, c in enumerate((student_shape, shape)))
 
-    def loaded(model):
-        rows = model.config.vocab_size
-        mask = VocabularyMask(np.ones(rows, bool), np.arange(rows) % 3 == 0)
-        return LoadedModel(model, None, None, mask)
-
-    trained = trained_parameters(StudentConfig(), student)
-    models = Models(loaded(student), loaded(teacher), trained, GenerationConfig())
-    optimizer = make_optimizer(OptimizerConfig(steps=10_000))
-    state, frozen = train.initial_state(models, mesh, optimizer, compute.dtype)
-    del student, teacher, models
     tokens = load_vocabulary(TEACHER)
     in_bytes = byte_vocabulary(tokens)
+    if "next_byte" in losses.names:  # as many entries as the table has rows: of one, two or three of the tokens
+        spelled = [token for token in tokens.token_bytes if token]
+        more = (a + b + c for c in (b"", *spelled) for b in (b"", *spelled) for a in spelled)
+        known = dict.fromkeys(tokens.token_bytes)
+        for token in more:
+            if len(known) == case.vocabulary:
+                break
+            known.setdefault(token)
+        new = tuple(known)[len(dict.fromkeys(tokens.token_bytes)) :]
+        tokens = dataclasses.replace(tokens, token_bytes=(tokens.token_bytes + new)[: case.vocabulary])
+
+    def loaded(model, vocabulary):
+        rows = model.config.vocab_size
+        mask = VocabularyMask(np.ones(rows, bool), np.arange(rows) % 3 == 0)
+        return LoadedModel(model, vocabulary, None, mask)
+
+    trained = trained_parameters(StudentConfig(), student)
+    models = Models(loaded(student, in_bytes), loaded(teacher, tokens), trained, GenerationConfig())
+    if losses.needs_bytes:
+        models = with_prefixes(models, losses)
+    optimizer = make_optimizer(OptimizerConfig(steps=10_000))
+    state, frozen = train.initial_state(models, mesh, optimizer, compute.dtype)
+    del student, teacher
     corpus = text_corpus(stdlib_documents("training", 0.05), case.student_length)
     sides = (
         batching.Side(in_bytes, longest_suffix(tokens, in_bytes), case.student_length),
-        batching.Side(tokens, None, case.teacher_length),
+        batching.Side(tokens, None, case.teacher_length, models.prefixes),
     )
     batches = [
         shard_rows(batching.make_batch(corpus.batch(0, i, case.batch), *sides), mesh) for i in range(max(case.steps, 1))
@@ -183,6 +197,23 @@ def base() -> None:
         )
 
 
+def recipes() -> None:
+    """next_byte beside alm, each three times, in turn."""
+    print("| teacher's vocabulary, float32, batch 8 | losses | s a step (least of three medians) | temporary |\n|---|---|---|---|")
+    for vocabulary in (256_000, 32_000):
+        cases = [Case(vocabulary, losses=losses) for losses in (("sft", "alm"), ("next_byte",), ("sft", "next_byte"))]
+        found = {case: [] for case in cases}
+        for _ in range(3):
+            for case in cases:
+                found[case].append(run(case))
+        for case, measured in found.items():
+            seconds = min(m["seconds"] for m in measured)
+            print(
+                f"| {vocabulary:,} | {' + '.join(case.losses)} | {seconds:.2f} | {measured[0]['temporary'] / 1e6:,.0f} MB |",
+                flush=True,
+            )
+
+
 GROWTH = {
     "batch": [dict(batch=n) for n in (4, 8, 16, 32)],
     "accumulation at batch 32": [dict(batch=32, accumulation=n) for n in (1, 2, 4, 8)],
@@ -205,11 +236,11 @@ def growth() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=("base", "growth"), default=("base", "growth"))
+    parser.add_argument("--tables", nargs="+", choices=("base", "growth", "recipes"), default=("base", "growth"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
         print(json.dumps(measure(Case(**json.loads(given.case)))))
     else:
         for table in given.tables:
-            {"base": base, "growth": growth}[table]()
+            {"base": base, "growth": growth, "recipes": recipes}[table]()

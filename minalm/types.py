@@ -51,8 +51,8 @@ class Batch(eqx.Module):
     student: Tokens
     teacher: Tokens | None
     chunks: AlignedChunks
-    bytes: BytePlaces | None  # for the loss next_byte; None: not asked for
     left_out: Bool[Array | ndarray, " batch"]  # rows whose text the two tokenizers do not spell alike: without weight
+    bytes: BytePlaces | None = None  # where the next byte is compared; None: not asked for
 
 
 class TokenStats(eqx.Module):

@@ -25,6 +25,7 @@ from minalm.types import BytePlaces, ByteScores, ByteTargets, TokenStats
 BLOCK_ENTRIES = 8192
 BLOCK_POSITIONS = 512  # of a teacher whose next byte is asked for
 BLOCK_ELEMENTS = 2**22  # logits of one block on one device: 16 MiB in float32
+TINY = 1e-26  # a sum of float32 exponentials, of at most 1, below which digits may be lost
 LOWEST = -1e30  # the maximum over no logits, finite so that exp(-inf - LOWEST) is 0
 
 
@@ -57,8 +58,8 @@ def token_stats(
 ) -> TokenStats:
     """log p(target) and the log boundary mass at every position, from the states after the final norm.
 
-    The entries are split into boundary and rest, each with its own maximum: one exponential per entry, and the boundary
-    mass keeps its digits and its gradient however small it is. Gradients of all blocks add up in float32.
+    There is one exponential per entry, and the boundary mass keeps its digits and its gradient however small it is.
+    Gradients of all blocks add up in float32.
     """
     batch, time, embed = hidden.shape
     table = gather_channels(unembedding, hidden.dtype)
@@ -90,23 +91,31 @@ def _stats_forward(cap, hidden, targets, table, mask):
         hidden, targets = block
 
         def add(sums, start):
-            tops, masses, at_target = sums
-            _, logits, numbers, fresh, boundary = _block(cap, hidden, table, mask, start)
-            kinds = boundary, ~boundary
-            found = [jnp.max(logits, axis=-1, where=kind, initial=LOWEST) for kind in kinds]
-            higher = jnp.maximum(tops, jnp.stack(found))
-            exponentials = jnp.exp(logits - jnp.where(boundary, higher[0][:, None], higher[1][:, None]))
-            added = jnp.stack([jnp.sum(exponentials, axis=-1, where=kind) for kind in kinds])
-            hit = fresh & (numbers == targets[:, None])
-            at_target = at_target + jnp.sum(logits, axis=-1, where=hit)
-            return (higher, masses * jnp.exp(tops - higher) + added, at_target), None
+            top, mass, lower, inside, at_target = sums
+            _, logits, _, fresh, boundary = _block(cap, hidden, table, mask, start)
+            highest = jnp.maximum(top, jnp.max(logits, axis=0))
+            exponentials = jnp.exp(logits - highest)
+            found = jnp.sum(jnp.where(boundary[:, None], exponentials, 0.0), axis=0)
 
-        nothing = jnp.full((2, len(targets)), LOWEST), jnp.zeros((2, len(targets))), jnp.zeros(len(targets))
-        sums = vary_like(nothing, (hidden, targets))
-        (tops, masses, at_target), _ = jax.lax.scan(add, sums, _starts(table))
-        highest = tp_max(tops)
-        boundary, rest = jnp.log(tp_sum(masses * jnp.exp(tops - highest))) + highest
-        total = jnp.logaddexp(boundary, rest)
+            def anew():  # a mass that is tiny beside the rest has lost digits: beside its own maximum it has not
+                logs = jnp.where(boundary[:, None], logits, -jnp.inf)
+                own = jnp.max(logs, axis=0, initial=LOWEST)
+                return own, jnp.sum(jnp.exp(logs - own), axis=0)
+
+            tiny = jnp.any(found < TINY) & jnp.any(boundary)
+            reference, found = jax.lax.cond(tiny, anew, lambda: (highest, found))
+            raised = jnp.maximum(lower, reference)
+            inside = inside * jnp.exp(lower - raised) + found * jnp.exp(reference - raised)
+            mass = mass * jnp.exp(top - highest) + jnp.sum(exponentials, axis=0)
+            row = jnp.clip(targets - start, 0, len(logits) - 1)
+            value = jnp.take_along_axis(logits, row[None], axis=0)[0]
+            at_target = at_target + jnp.where(fresh[row] & (start + row == targets), value, 0.0)
+            return (highest, mass, raised, inside, at_target), None
+
+        zero, lowest = jnp.zeros(len(targets)), jnp.full(len(targets), LOWEST)
+        sums = vary_like((lowest, zero, lowest, zero, zero), (hidden, targets, table))
+        (top, mass, lower, inside, at_target), _ = jax.lax.scan(add, sums, _starts(table))
+        total, boundary = _log_sum(mass, top), _log_sum(inside, lower)
         return tp_sum(at_target) - total, boundary - total, boundary, total
 
     logp, mass, boundary, total = jax.lax.map(of_positions, (hidden, targets))
@@ -124,16 +133,16 @@ def _stats_backward(cap, saved, grads):
         def add(sums, start):
             hidden_grad, table_grad = sums
             rows, logits, numbers, fresh, boundary = _block(cap, hidden, table, mask, start)
-            inside = jnp.where(boundary, mass_grad[:, None] * jnp.exp(logits - boundary_mass[:, None]), 0.0)
-            grad = inside - (logp_grad + mass_grad)[:, None] * jnp.exp(logits - total[:, None])
-            grad = grad + jnp.where(numbers == targets[:, None], logp_grad[:, None], 0.0)
+            inside = jnp.where(boundary[:, None], mass_grad * jnp.exp(logits - boundary_mass), 0.0)
+            grad = inside - (logp_grad + mass_grad) * jnp.exp(logits - total)
+            grad = grad + jnp.where(numbers[:, None] == targets, logp_grad, 0.0)
             if cap is not None:
                 grad = grad * (1.0 - jnp.square(logits / cap))
-            grad = jnp.where(fresh, grad, 0.0).astype(hidden.dtype)
-            rows_grad = jnp.einsum("pv,pe->ve", grad, hidden, preferred_element_type=jnp.float32)
+            grad = jnp.where(fresh[:, None], grad, 0.0).astype(hidden.dtype)
+            rows_grad = jnp.einsum("vp,pe->ve", grad, hidden, preferred_element_type=jnp.float32)
             rows_grad = rows_grad + jax.lax.dynamic_slice_in_dim(table_grad, start, len(rows))
             table_grad = jax.lax.dynamic_update_slice_in_dim(table_grad, rows_grad, start, 0)
-            hidden_grad = hidden_grad + jnp.einsum("pv,ve->pe", grad, rows, preferred_element_type=jnp.float32)
+            hidden_grad = hidden_grad + jnp.einsum("vp,ve->pe", grad, rows, preferred_element_type=jnp.float32)
             return (hidden_grad, table_grad), None
 
         hidden_grad = vary_like(jnp.zeros(hidden.shape, jnp.float32), hidden)
@@ -148,6 +157,12 @@ def _stats_backward(cap, saved, grads):
 _stats.defvjp(_stats_forward, _stats_backward)
 
 
+def _log_sum(mass, top):
+    """log of the sum over `tp` of mass * e^top."""
+    highest = tp_max(top)
+    return jnp.log(tp_sum(mass * jnp.exp(top - highest))) + highest
+
+
 def _starts(table):
     """First rows of the blocks of a table. The last block may begin in the one before it."""
     rows = table.shape[0]
@@ -156,13 +171,15 @@ def _starts(table):
 
 
 def _block(cap, hidden, table, mask, start):
-    """(rows of the table, logits [position, entry], numbers of the rows, which of these exist and were not in an
-    earlier block, which are boundary entries) of the block that begins at `start`."""
+    """(rows of the table, logits [entry, position], numbers of the rows, which of these exist and were not in an
+    earlier block, which are boundary entries) of the block that begins at `start`. Entries come first: sums over them
+    add up vectors of positions, which costs next to nothing beside the product (docs/performance.md)."""
     size = min(table.shape[0], BLOCK_ENTRIES)
     rows, exists, boundary = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (table, mask.exists, mask.boundary))
     numbers = start + jnp.arange(size)
     fresh = exists & (numbers >= -(-start // size) * size)  # from where a block begins if all are full
-    return rows, block_logits(hidden, rows, fresh, cap), numbers, fresh, boundary
+    logits = jnp.einsum("ve,pe->vp", rows, hidden, preferred_element_type=jnp.float32)
+    return rows, jnp.where(fresh[:, None], softcap(logits, cap), -jnp.inf), numbers, fresh, boundary
 
 
 # --- the next byte ------------------------------------------------------------------------------------------------
@@ -260,7 +277,6 @@ def _masses(cap, hidden, table, mask, tree):
         reference, masses, total = sums
         rows, logits, _, _, _ = _block(cap, hidden, table, mask, start)
         slots = jax.lax.dynamic_slice_in_dim(tree.slot, start, len(rows))
-        logits = logits.T
         highest = jnp.max(logits, axis=0)
 
         def raised():  # seldom after the first block: the sums would be too large otherwise
