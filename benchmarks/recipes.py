@@ -38,7 +38,7 @@ RECIPES = {  # name -> weights of the losses that are on, and further flags
 }
 MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
 QUICKSTART = {  # rows of the README's table
-    "the quickstart": [],
+    "the quickstart (next byte + sft)": [],
     "sft alone": ["--losses.next-byte", "0", "--losses.alm", "0", "--losses.sft", "1"],
     "alm + sft": ["--losses.next-byte", "0", "--losses.alm", "1", "--losses.sft", "1"],
     "control: random weights, sft alone": [
@@ -60,7 +60,7 @@ class Settings:
     fractions: tuple[float, ...] = (1.0, 0.1, 0.01)
     """Shares of the teacher's training documents that the student sees."""
     rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
-    """Learning rates to begin with."""
+    """Learning rates to choose from, to begin with. One rate: that one is used."""
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 128
     """Rows of held-out text in the table; as many others choose the learning rates."""
@@ -125,6 +125,8 @@ class Study:
     def best_rate(self, recipe: str) -> float:
         """Of a grid whose edge is not the best."""
         rates, found = set(self.settings.rates), {}
+        if len(rates) == 1:
+            return rates.pop()
         while True:
             tried = {
                 rate: self.start(recipe, self.settings.steps, 1.0, rate, 0, True) for rate in sorted(rates - set(found))
@@ -162,7 +164,10 @@ def main(settings: Settings) -> None:
     (settings.out / "results.json").write_text(
         json.dumps(
             {
-                name: {"rate": rate, **{f"{steps} {share}": list(map(measured, all_)) for (steps, share), all_ in runs.items()}}
+                name: {
+                    "rate": rate,
+                    **{f"{steps} {share}": list(map(measured, all_)) for (steps, share), all_ in runs.items()},
+                }
                 for name, (rate, runs) in found.items()
             },
             indent=1,
@@ -180,7 +185,9 @@ def quickstart(settings: Settings, pool: ProcessPoolExecutor) -> None:
     """The README's table: the quickstart as it is, and what it is compared with."""
     rows = {
         name: [
-            pool.submit(run, [*flags, "--seed", str(seed), "--samples", "0"], settings.out / f"quickstart-{number}-{seed}")
+            pool.submit(
+                run, [*flags, "--seed", str(seed), "--samples", "0"], settings.out / f"quickstart-{number}-{seed}"
+            )
             for seed in settings.seeds
         ]
         for number, (name, flags) in enumerate(QUICKSTART.items())

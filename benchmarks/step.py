@@ -199,7 +199,9 @@ def base() -> None:
 
 def recipes() -> None:
     """next_byte beside alm, each three times, in turn."""
-    print("| teacher's vocabulary, float32, batch 8 | losses | s a step (least of three medians) | temporary |\n|---|---|---|---|")
+    print(
+        "| teacher's vocabulary, float32, batch 8 | losses | s a step (least of three medians) | temporary |\n|---|---|---|---|"
+    )
     for vocabulary in (256_000, 32_000):
         cases = [Case(vocabulary, losses=losses) for losses in (("sft", "alm"), ("next_byte",), ("sft", "next_byte"))]
         found = {case: [] for case in cases}

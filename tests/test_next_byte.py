@@ -1,13 +1,9 @@
 """The next byte that a teacher implies, against an enumeration of all entries in float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_tokenizers import vocabulary
 
 from minalm.batches import Side, make_batch
@@ -39,7 +35,13 @@ CHAT = (
     Segment("\n hello there"),
     Segment(Markup(("<end_of_turn>", "\n"), ("<end_of_turn>", "\n"))),
 )
-TEXTS = ["the user said to the model: hello there", " the  end. 日 本語 é\x00ü\n\n\n\n<eos>", "", "er", "\u2581a\u2581 the"]
+TEXTS = [
+    "the user said to the model: hello there",
+    " the  end. 日 本語 é\x00ü\n\n\n\n<eos>",
+    "",
+    "er",
+    "\u2581a\u2581 the",
+]
 PIECES = [*map(plain, TEXTS), CHAT]
 KINDS = ["gemma", "llama", "llama2", "metaspace", "qwen"]
 

@@ -20,7 +20,7 @@ from minalm.distill import hidden
 from minalm.distill.chunks import Groups, chunk_sums, merge, sum_by
 from minalm.distill.divergences import Divergence, divergence
 from minalm.distill.means import mean, total
-from minalm.errors import InputError
+from minalm.errors import InputError, flag
 from minalm.types import AlignedChunks, Batch, ModelOutput, TokenStats
 
 
@@ -67,6 +67,10 @@ class LossConfig:
             raise InputError("--losses.tau must be above 0: for its limit use --losses.divergence binary_kl_temp_limit")
         if not 0.0 < self.alpha < math.inf or self.alpha == 1.0:
             raise InputError("--losses.alpha must be above 0 and not 1: for the limit 1 use binary_ce")
+        for owner, settings in SETTINGS_OF.items():
+            for name in settings:
+                if getattr(self, owner) == 0.0 and getattr(self, name) != getattr(LossConfig, name):
+                    raise InputError(f"{flag('losses.' + name)} is for {owner}, which has weight 0: leave it out")
         if not self.names:
             raise InputError(
                 f"every loss has weight 0: give one of {', '.join(f'--losses.{name}' for name in LOSSES)} a weight"
@@ -102,6 +106,11 @@ class LossConfig:
         """Whether those are the states of all layers, not the last ones alone."""
         return self.needs_states and self.latents_layers == "all"
 
+
+SETTINGS_OF = {
+    "alm": ("chunks", "debias", "gamma", "divergence", "tau", "alpha"),
+    "latents": ("latents_layers", "latents_norm"),
+}
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
 

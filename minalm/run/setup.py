@@ -333,7 +333,9 @@ class Texts:
     def batch(self, step: int) -> Batch:
         """What the update after `step` others learns from."""
         without = dataclasses.replace(self, teacher=self.teacher and self.teacher._replace(prefixes=None))
-        return (self if self.needs_bytes else without).rows(self.training.batch(self.seed, step, self.config.batch_size))
+        return (self if self.needs_bytes else without).rows(
+            self.training.batch(self.seed, step, self.config.batch_size)
+        )
 
     def first_chat(self) -> Piece | None:
         """The first piece of training text that is of a chat, if there is one among the first thousand."""

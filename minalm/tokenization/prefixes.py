@@ -63,7 +63,10 @@ def find_prefixes(teacher: Vocabulary, student: Vocabulary, teacher_rows: int, s
     pad). Raises InputError if the teacher spells no bytes, or the student's tokens are not bytes.
     """
     if student.tokenizer is not None:
-        raise InputError(f"next_byte is for byte students, and {student.name} is none: give --losses.next-byte 0")
+        raise InputError(
+            f"next_byte is for byte students, and {student.name} is none: "
+            "give --losses.next-byte 0, and --losses.alm 1 to learn from the teacher"
+        )
     spelled = [i for i, token in enumerate(teacher.token_bytes[:teacher_rows]) if token]
     if not spelled:
         raise InputError(f"{teacher.name} spells no bytes: give --losses.next-byte 0")
