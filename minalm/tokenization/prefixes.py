@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Bool, Int32, UInt8
 
 from minalm.errors import InputError
 from minalm.text.documents import Markup, Piece
@@ -214,46 +214,77 @@ def byte_places(
     another, and of a text that is the first token of a row.
     """
     places = BytePlaces(*np.full((3, len(ours), student_length), -1, np.int32))
-    for row, (piece, our, their) in enumerate(zip(pieces, ours, theirs)):
-        our, their = our.cut(student_length), their.cut(teacher_length)
-        if len(our.ids) and len(their.ids):
-            time, within, node, after = _of_row(piece, our, their, prefixes)
-            places.within[row, time], places.node[row, time], places.after[row, time] = within, node, after
+    width = 1 + max(int(encoding.ends.max(initial=0)) for encoding in (*ours, *theirs))
+    our, their = (_Tokens.of(s, n, pieces, width) for s, n in ((ours, student_length), (theirs, teacher_length)))
+    if not len(our.ids) or not len(their.ids):
+        return places
+    segments = [segment.content for piece in pieces for segment in piece]
+    alike = np.array([not isinstance(c, Markup) or c.student == c.teacher for c in segments])
+    is_text = np.array([isinstance(c, str) for c in segments])
+
+    here = np.flatnonzero((our.ends[:-1] >= 0) & our.counts[1:] & (our.row[:-1] == our.row[1:]))
+    here = here[alike[our.segment[here + 1]]]
+    place = our.ends[here]
+
+    # Of each of the teacher's tokens: whether it is of text, its bytes, and what is said behind it. A special token cannot
+    # run on. A space that the tokenizer put before a text is a token that has been read where the text begins.
+    rank = prefixes.rank[their.ids]
+    length = np.where(rank >= 0, prefixes.length[rank], 0)
+    first_letter = prefixes.start[rank]
+    after = their.time.copy()
+    follows = np.flatnonzero((their.ends[:-1] >= 0) & (their.ends[1:] < 0) & (length[1:] == 1)) + 1
+    dummy = follows[is_text[their.segment[follows]] & (their.text_bytes[follows] == 0) & (their.time[follows] > 0)]
+    after[dummy - 1] = after[dummy]
+    read = length.copy()
+    read[dummy - 1] = 1
+    last_node = np.where(length > 0, prefixes.node[first_letter + np.maximum(length, 1) - 1], -1)
+    last_node[dummy - 1] = last_node[dummy]
+    says = (read == 0) | (after > 0)
+
+    known = np.flatnonzero(their.ends >= 0)
+    ends_here = np.bincount(their.ends[known], minlength=width * len(ours)) > 0
+    following = np.cumsum(ends_here, dtype=np.int32)[place]  # of the known ones, the first that ends behind the place
+    inner = (their.text_bytes > 0) & (their.time > 0)
+    begins = np.append(np.where(inner, their.ends - length, np.int32(2**31 - 1))[known], np.int32(2**31 - 1))
+    inside = begins[following] < place
+    behind = ~inside & ends_here[place] & says[known][following - 1]
+
+    token = known[following[inside]]
+    where = our.row[here[inside]], our.time[here[inside]]
+    places.within[where] = their.time[token] - 1
+    places.node[where] = prefixes.node[first_letter[token] + length[token] - (their.ends[token] - place[inside]) - 1]
+    token = known[following[behind] - 1]
+    where = our.row[here[behind]], our.time[here[behind]]
+    places.within[where] = np.where(read[token] > 0, after[token] - 1, -1)
+    places.node[where] = last_node[token]
+    places.after[where] = after[token]
     return places
 
 
-def _of_row(piece: Piece, our: Encoding, their: Encoding, prefixes: Prefixes) -> tuple[np.ndarray, ...]:
-    """(the student's positions, `within`, `node` and `after` for each) of one row."""
-    alike = np.array([not isinstance(s.content, Markup) or s.content.student == s.content.teacher for s in piece])
-    is_text = np.array([isinstance(segment.content, str) for segment in piece])
-    time = np.flatnonzero((our.ends[:-1] >= 0) & our.loss_mask[1:] & alike[our.segment[1:]])
-    place = our.ends[time]
+class _Tokens(NamedTuple):
+    """The tokens of all rows of a batch in one array; the ends of row n begin at n * width."""
 
-    rank = prefixes.rank[their.ids]
-    length = np.where(rank >= 0, prefixes.length[rank], 0)
-    known = np.flatnonzero(their.ends >= 0)
-    ends = their.ends[known]
-    following = np.searchsorted(ends, place, side="right")  # among the known ones: the first that ends behind the place
-    previous = following - 1
+    ids: Int32[np.ndarray, " tokens"]
+    row: Int32[np.ndarray, " tokens"]
+    time: Int32[np.ndarray, " tokens"]
+    ends: Int32[np.ndarray, " tokens"]  # -1: nowhere
+    segment: Int32[np.ndarray, " tokens"]  # among those of all pieces
+    text_bytes: Int32[np.ndarray, " tokens"]
+    counts: Bool[np.ndarray, " tokens"]
 
-    # Inside a token: one of text that ends behind the place and begins before it.
-    token = known[np.minimum(following, len(known) - 1)]
-    read = length[token] - (their.ends[token] - place)
-    inside = (following < len(known)) & (their.text_bytes[token] > 0) & (read > 0) & (token > 0)
-
-    # Behind a token. A space that the tokenizer put before the text, if it is a token, has been read as well.
-    before = known[np.maximum(previous, 0)]
-    after = np.where((previous >= 0) & (their.ends[before] == place), before, -1)
-    behind = np.minimum(after + 1, len(their.ids) - 1)
-    dummy = (after >= 0) & (behind == after + 1) & (their.ends[behind] < 0) & (length[behind] == 1)
-    dummy &= is_text[their.segment[behind]] & (their.text_bytes[behind] == 0)
-    after = np.where(dummy, behind, after)
-    ended = np.where(after >= 0, length[np.maximum(after, 0)], 0)  # 0: a special token, which cannot run on
-
-    within = np.where(inside, token - 1, np.where(ended > 0, after - 1, -1))
-    first_letter = prefixes.start[rank[np.where(inside, token, np.maximum(after, 0))]]
-    depth = np.where(inside, read, ended)
-    node = np.where(depth > 0, prefixes.node[first_letter + np.maximum(depth, 1) - 1], -1)
-    after = np.where(inside, -1, after)
-    good = inside | ((after >= 0) & ((ended == 0) | (after > 0)))
-    return time[good], within[good], node[good], after[good]
+    @classmethod
+    def of(cls, rows: Sequence[Encoding], length: int, pieces: Sequence[Piece], width: int) -> "_Tokens":
+        cut = [encoding.cut(length) for encoding in rows]
+        ids, ends, text_bytes, segment, counts = map(np.concatenate, zip(*(encoding[:5] for encoding in cut)))
+        size = np.array([len(encoding.ids) for encoding in cut], np.int32)
+        row = np.repeat(np.arange(len(cut), dtype=np.int32), size)
+        segments = np.array([len(piece) for piece in pieces], np.int32)
+        return cls(
+            ids=ids,
+            row=row,
+            time=np.arange(len(ids), dtype=np.int32) - (np.cumsum(size, dtype=np.int32) - size)[row],
+            ends=np.where(ends >= 0, ends + np.int32(width) * row, -1),
+            segment=segment.astype(np.int32) + (np.cumsum(segments, dtype=np.int32) - segments)[row],
+            text_bytes=text_bytes,
+            counts=counts,
+        )
