@@ -113,7 +113,7 @@ class Frozen(eqx.Module):
     teacher: Model | None
     student_mask: VocabularyMask
     teacher_mask: VocabularyMask | None
-    tree: PrefixTree | None  # of the teacher's entries, where its next byte is asked for
+    tree: PrefixTree | None = None  # of the teacher's entries, where its next byte is asked for
 
 
 def initial_state(

@@ -1,16 +1,24 @@
 """The next byte that a teacher implies, against an enumeration of all entries in float64."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import equations
 from small_tokenizers import vocabulary
+from test_step import QUICK, TEACHER, assert_near, parameters, settings, slow
 
+import train
 from minalm.batches import Side, make_batch
+from minalm.distill.losses import LossConfig
 from minalm.errors import InputError
 from minalm.models import head
 from minalm.models.head import PrefixTree, VocabularyMask, byte_scores, byte_targets
-from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
+from minalm.models.transformer import leaves
+from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, shard_rows, specs
 from minalm.text.documents import Markup, Segment, Special
 from minalm.tokenization import prefixes
 from minalm.types import ByteTargets
@@ -162,7 +170,7 @@ def padded(pieces):
     return [*pieces, *[()] * (8 - len(pieces))]
 
 
-@pytest.mark.parametrize("window", [1, 3, 256])
+@pytest.mark.parametrize("window", [1, pytest.param(3, marks=pytest.mark.slow), 256])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_an_enumeration(kind, window, monkeypatch):
     monkeypatch.setattr(prefixes, "WINDOW", window)
@@ -296,6 +304,86 @@ def test_scores(cap, elements, fsdp, tp, monkeypatch):
     np.testing.assert_array_equal(found.greedy, greedy)
     for ours, theirs in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+# --- in a step ----------------------------------------------------------------------------------------------------
+
+LOSSES = LossConfig(sft=0.5, alm=0.0, next_byte=1.0, latents=1.0)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """(what is trained, train.Frozen, batch) of a byte student and its teacher, both random."""
+    student, teacher = sides("gemma", 48, 24)
+    batch = make_batch(padded(PIECES), student, teacher)
+    rows, outcomes = len(teacher.prefixes.slot), len(teacher.prefixes.outcomes)
+    theirs = dataclasses.replace(TEACHER, vocab_size=rows)
+    ours = dataclasses.replace(TEACHER, vocab_size=outcomes, tied=False)
+    masks = [
+        VocabularyMask(np.arange(size) < vocab.size, vocab.boundary_mask(size))
+        for size, vocab in ((outcomes, student.vocabulary), (rows, teacher.vocabulary))
+    ]
+    trained = parameters(ours, 0)
+    frozen = train.Frozen(
+        jax.tree.map(lambda _: None, trained), parameters(theirs, 1), *masks, PrefixTree.of(teacher.prefixes)
+    )
+    return trained, frozen, batch
+
+
+def gradients(run, fsdp=1, tp=1, **changes):
+    trained, frozen, batch = run
+    config = settings(losses=LOSSES, **changes)
+    mesh = make_mesh(fsdp, tp)
+    layout = specs(trained, mesh)
+    mapped = shard_map(
+        functools.partial(train.gradients, config.losses, config.compute),
+        mesh=mesh,
+        in_specs=(layout, specs(frozen, mesh), jax.tree.map(lambda _: ROWS, batch)),
+        out_specs=(layout, P()),
+    )
+    with jax.default_matmul_precision("highest"):
+        grad, metrics = jax.jit(mapped, compiler_options=QUICK)(
+            shard(trained, mesh), shard(frozen, mesh), shard_rows(batch, mesh)
+        )
+    assert metrics.pop("left_out") == 0.0
+    return jax.device_get((leaves(grad), metrics))
+
+
+@pytest.fixture(scope="module")
+def of_one_device(run):
+    return gradients(run)
+
+
+@pytest.mark.parametrize("fsdp, tp, parts", [(4, 2, 1), slow(2, 4, 1), slow(1, 1, 4), slow(2, 4, 2)])
+def test_the_step_on_a_mesh_and_in_parts(run, of_one_device, fsdp, tp, parts):
+    grad, metrics = gradients(run, fsdp, tp, accumulation=parts)
+    assert metrics["loss/next_byte"] > 0.1 and metrics["weight/next_byte"] > 0.0
+    assert_near(metrics, of_one_device[1], 1e-5)
+    assert_near(grad, of_one_device[0], 1e-5)
+
+
+def test_no_array_has_a_time_axis_and_the_teachers_vocabulary(run, monkeypatch):
+    """Nor, next to a time axis, as many as a tenth of its entries: only the student's, and a window."""
+    monkeypatch.setattr(head, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(head, "BLOCK_ELEMENTS", 100 * 40)
+    trained, frozen, batch = run
+    config = settings(losses=LOSSES)
+    layout = specs(trained, make_mesh(1, 1))
+    mapped = shard_map(
+        functools.partial(train.gradients, config.losses, config.compute),
+        mesh=make_mesh(1, 1),
+        in_specs=(layout, specs(frozen, make_mesh(1, 1)), jax.tree.map(lambda _: ROWS, batch)),
+        out_specs=(layout, P()),
+    )
+    rows = frozen.teacher_mask.exists.shape[0]
+    shapes = {
+        tuple(v.aval.shape)
+        for e in equations(jax.make_jaxpr(mapped)(trained, frozen, batch).jaxpr)
+        for v in e.outvars
+        if hasattr(v.aval, "shape")
+    }
+    assert any(100 in shape for shape in shapes)
+    assert not [shape for shape in shapes if rows in shape and set(shape) & {24, 48, 8 * 24, 8 * 48}]
 
 
 def test_what_is_refused():

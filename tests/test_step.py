@@ -350,14 +350,14 @@ def test_no_array_has_a_time_and_a_vocabulary_axis(monkeypatch, balance):
     config = configs.change(config, losses=dataclasses.replace(config.losses, balance=balance))
     jaxpr = program(config, *models())
     shapes = {tuple(v.aval.shape) for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "shape")}
-    assert {(9, 13), (13, 40), (60, 40)} <= shapes  # the walk sees the blocks of logits and the tables
+    assert {(13, 9), (13, 40), (60, 40)} <= shapes  # the walk sees the blocks of logits and the tables
     assert dense(jaxpr) == set()
 
 
 def test_a_dense_head_would_be_found(monkeypatch):
     monkeypatch.setattr(head, "BLOCK_ELEMENTS", 10**9)
     found = dense(program(settings(), *models()))
-    assert (ROWS_OF_BATCH * STUDENT_TIME, 60) in found and (ROWS_OF_BATCH * TEACHER_TIME, 52) in found
+    assert (60, ROWS_OF_BATCH * STUDENT_TIME) in found and (52, ROWS_OF_BATCH * TEACHER_TIME) in found
 
     def naive(hidden, table):
         return jax.lax.map(lambda x: jax.nn.log_softmax(x @ table.T), hidden)
