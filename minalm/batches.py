@@ -15,7 +15,7 @@ from minalm.tokenization.align import align
 from minalm.tokenization.prefixes import Prefixes, byte_places
 from minalm.tokenization.suffixes import LongestSuffix
 from minalm.tokenization.vocabulary import Encoding, Vocabulary
-from minalm.types import AlignedChunks, Batch, Tokens
+from minalm.types import AlignedChunks, Batch, BytePlaces, Tokens
 
 T = TypeVar("T")
 
@@ -47,9 +47,7 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
         student=_tokens(ours, student),
         teacher=None if teacher is None else _tokens(theirs, teacher),
         chunks=_chunks(ours, theirs, student, teacher or student),
-        bytes=None
-        if teacher is None or teacher.prefixes is None
-        else byte_places(pieces, ours, theirs, student.length, teacher.length, teacher.prefixes),
+        bytes=_byte_places(pieces, ours, theirs, student, teacher),
         left_out=~np.array(usable, bool),
     )
 
@@ -140,6 +138,14 @@ def _chunks(ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side,
         ):
             targets[: len(chunk)] = np.where(chunk == 0, -1, chunk) if first_in_chunk else chunk
     return chunks
+
+
+def _byte_places(
+    pieces: Sequence[Piece], ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side, teacher: Side | None
+) -> BytePlaces | None:
+    if teacher is None or teacher.prefixes is None:
+        return None
+    return BytePlaces(*byte_places(pieces, ours, theirs, student.length, teacher.length, teacher.prefixes))
 
 
 def _space_follows(

@@ -1,5 +1,6 @@
 """Named runs of train.py: for each a sentence, and the groups of settings that differ from their defaults."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,21 @@ from minalm.run.optimizer import OptimizerConfig
 from minalm.run.setup import DataConfig, StudentConfig
 
 TEACHER = Path(__file__).parents[1] / "quickstart_teacher"  # of the quickstart; beside the package in the repository
-# The best recipe known (docs/recipes.md), on the evidence of small models and short runs.
-NEXT_BYTE = LossConfig(sft=1.0, alm=0.0, next_byte=1.0)
+BEST = {"sft": 1.0, "alm": 0.0, "next_byte": 1.0}  # of the recipes compared in docs/recipes.md
 FROM_THE_HUB = " Needs --data; the teacher is the hub's unless --teacher names a folder."
 
 
-def headline(name: str, teacher: str, **losses: float) -> dict[str, Any]:
+PUBLISHED = {"sft": 1.0, "alm": 1.0, "latents": 1.0}
+
+
+def headline(name: str, teacher: str, losses: Mapping[str, float] = PUBLISHED) -> dict[str, Any]:
     """What both published byte models were trained with, written out whatever the defaults are; with other `losses`."""
     return dict(
         run=RunConfig(out=Path("runs") / name),
         student=StudentConfig(teacher=Path(teacher), expansion=True, train_expansion=False),
         data=DataConfig(batch_size=32, piece_bytes=2048, student_length=2048, teacher_length=512),
         losses=LossConfig(
-            **(losses or dict(sft=1.0, alm=1.0, latents=1.0)),
+            **losses,
             balance="gradmag",
             preserve_magnitude=True,
             chunks="merged",
@@ -59,7 +62,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             data=DataConfig(
                 stdlib=True, stdlib_fraction=0.25, batch_size=4, piece_bytes=384, student_length=384, teacher_length=128
             ),
-            losses=NEXT_BYTE,
+            losses=LossConfig(**BEST),
             optimizer=OptimizerConfig(steps=1_500, learning_rate=6e-3, warmup_steps=50),
             compute=ComputeConfig(compute_dtype="float32"),
         ),
@@ -99,11 +102,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     # (docs/recipes.md), not of these.
     "gemma2-2b-it-byte-next": (
         "Gemma 2 2B IT becomes byte-level by next_byte + sft." + FROM_THE_HUB,
-        headline("gemma2-2b-it-byte-next", "google/gemma-2-2b-it", sft=1.0, alm=0.0, next_byte=1.0),
+        headline("gemma2-2b-it-byte-next", "google/gemma-2-2b-it", BEST),
     ),
     "llama3.2-3b-it-byte-next": (
         "Llama 3.2 3B Instruct becomes byte-level by next_byte + sft." + FROM_THE_HUB,
-        headline("llama3.2-3b-it-byte-next", "meta-llama/Llama-3.2-3B-Instruct", sft=1.0, alm=0.0, next_byte=1.0),
+        headline("llama3.2-3b-it-byte-next", "meta-llama/Llama-3.2-3B-Instruct", BEST),
     ),
     "smollm2-135m-byte": (
         "SmolLM2 135M Instruct becomes byte-level on one device." + FROM_THE_HUB,

@@ -240,7 +240,7 @@ def test_outputs(finished, files):
     for row in rows:
         assert row.keys() == names | {"step", "bits_per_byte", "gradient_norm", "learning_rate", "dropped"}
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary.keys() == {"bits_per_byte", "agreement", "steps", "seconds"}
+    assert summary.keys() == {"bits_per_byte", "agreement", "greedy", "calibration", "steps", "seconds"}
     assert summary["bits_per_byte"].keys() == {"teacher", "student_start", "student_end"}
     assert summary["agreement"].keys() == {"student_start", "student_end"}
     assert summary["steps"] == 4 and summary["seconds"] > 0
@@ -984,7 +984,7 @@ def test_bad_presets(files, tmp_path, monkeypatch):
     assert "gemma-2-2b-it" in refused(["gemma2-2b-it-byte", *data])
     for loss in ("alm", "latents"):
         found = refused(["quickstart-teacher", f"--losses.{loss}", "1"])
-        assert "alm and latents need a teacher: give --teacher, or" in found
+        assert "alm and next_byte and latents need a teacher: give --teacher, or" in found
     assert "name one with --student-tokenizer" in refused(["quickstart-teacher", "--student-tokenizer", "bytes"])
     assert list(tmp_path.iterdir()) == []
 

@@ -62,7 +62,9 @@ class LossConfig:
         """Raises InputError for values that make no sense."""
         for name in (*LOSSES, "gamma"):
             if not 0.0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--losses.{name} is {getattr(self, name)}: it must be a number of at least 0")
+                raise InputError(
+                    f"{flag('losses.' + name)} is {getattr(self, name)}: it must be a number of at least 0"
+                )
         if not 0.0 < self.tau < math.inf:
             raise InputError("--losses.tau must be above 0: for its limit use --losses.divergence binary_kl_temp_limit")
         if not 0.0 < self.alpha < math.inf or self.alpha == 1.0:
@@ -73,7 +75,7 @@ class LossConfig:
                     raise InputError(f"{flag('losses.' + name)} is for {owner}, which has weight 0: leave it out")
         if not self.names:
             raise InputError(
-                f"every loss has weight 0: give one of {', '.join(f'--losses.{name}' for name in LOSSES)} a weight"
+                f"every loss has weight 0: give one of {', '.join(flag(f'losses.{name}') for name in LOSSES)} a weight"
             )
 
     @property

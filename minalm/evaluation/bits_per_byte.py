@@ -85,10 +85,10 @@ def measure(
     teacher: Model | None,
     student_mask: VocabularyMask,
     teacher_mask: VocabularyMask | None,
-    tree: PrefixTree | None,
     batches: Iterable[Batch],
     mesh: Mesh,
     dtype: jnp.dtype,
+    tree: PrefixTree | None = None,
 ) -> dict[str, float]:
     """`student` and `teacher`: bits per byte of the text. `agreement`: mean |log p_S - log p_T| of a chunk, in nats.
     `greedy`: the share of places at which a byte student's most probable next byte is the one that the teacher implies.

@@ -107,7 +107,7 @@ class Recorder:
         student, masks = eqx.combine(trained, frozen.student), (frozen.student_mask, frozen.teacher_mask)
         if self.evaluations.at(step) is None:
             batches = texts.held_out_batches(self.config.evaluation_skip, self.config.evaluation_rows)
-            found = measure(student, frozen.teacher, *masks, frozen.tree, batches, mesh, dtype)
+            found = measure(student, frozen.teacher, *masks, batches, mesh, dtype, frozen.tree)
             if not np.isfinite(list(found.values())).all():
                 raise InputError(
                     f"held-out text after step {step} gave numbers that are not finite ({found}): "

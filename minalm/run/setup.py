@@ -85,7 +85,7 @@ class StudentConfig:
         if self.teacher is None:
             if losses.needs_teacher:
                 names = [name for name in LOSSES if LOSSES[name].needs_teacher]
-                zero = " ".join(f"--losses.{name} 0" for name in names)
+                zero = " ".join(f"{flag('losses.' + name)} 0" for name in names)
                 raise InputError(f"{' and '.join(names)} need a teacher: give --teacher, or {zero}")
             if self.architecture is None and self.student is None:
                 raise InputError("there is no model to start from: name a Hugging Face folder with --teacher")

@@ -21,7 +21,6 @@ from jaxtyping import Bool, Int32, UInt8
 from minalm.errors import InputError
 from minalm.text.documents import Markup, Piece
 from minalm.tokenization.vocabulary import Encoding, Vocabulary
-from minalm.types import BytePlaces
 
 WINDOW = 256  # entries of the largest node that is not inner
 END = 256  # the child "an entry ends here", behind those of the 256 bytes
@@ -207,13 +206,14 @@ def byte_places(
     student_length: int,
     teacher_length: int,
     prefixes: Prefixes,
-) -> BytePlaces:
-    """For each of the student's tokens whose next one counts, where the teacher says what it is.
+) -> Int32[np.ndarray, "3 batch student_time"]:
+    """`within`, `node` and `after` (types.BytePlaces): for each of the student's tokens whose next one counts, where the
+    teacher says what it is; elsewhere -1.
 
     Nothing is said inside a text that a template writes, of what follows such a text where the other side writes
     another, and of a text that is the first token of a row.
     """
-    places = BytePlaces(*np.full((3, len(ours), student_length), -1, np.int32))
+    within, node, after_token = places = np.full((3, len(ours), student_length), -1, np.int32)
     width = 1 + max(int(encoding.ends.max(initial=0)) for encoding in (*ours, *theirs))
     our, their = (_Tokens.of(s, n, pieces, width) for s, n in ((ours, student_length), (theirs, teacher_length)))
     if not len(our.ids) or not len(their.ids):
@@ -251,13 +251,13 @@ def byte_places(
 
     token = known[following[inside]]
     where = our.row[here[inside]], our.time[here[inside]]
-    places.within[where] = their.time[token] - 1
-    places.node[where] = prefixes.node[first_letter[token] + length[token] - (their.ends[token] - place[inside]) - 1]
+    within[where] = their.time[token] - 1
+    node[where] = prefixes.node[first_letter[token] + length[token] - (their.ends[token] - place[inside]) - 1]
     token = known[following[behind] - 1]
     where = our.row[here[behind]], our.time[here[behind]]
-    places.within[where] = np.where(read[token] > 0, after[token] - 1, -1)
-    places.node[where] = last_node[token]
-    places.after[where] = after[token]
+    within[where] = np.where(read[token] > 0, after[token] - 1, -1)
+    node[where] = last_node[token]
+    after_token[where] = after[token]
     return places
 
 
