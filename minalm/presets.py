@@ -67,6 +67,31 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             compute=ComputeConfig(compute_dtype="float32"),
         ),
     ),
+    "quickstart-cross": (
+        "The quickstart's teacher teaches a narrower model, on bytes, from random weights.",
+        dict(
+            run=RunConfig(out=Path("runs/quickstart-cross")),
+            student=StudentConfig(
+                teacher=TEACHER,
+                expansion=False,
+                architecture=ModelConfig(
+                    vocab_size=320,  # replaced by as many as the special tokens need
+                    embed=96,
+                    mlp=288,
+                    layers=4,
+                    heads=2,
+                    kv_heads=1,
+                    head_dim=48,
+                    windows=(None,) * 4,
+                    tied=False,
+                ),
+            ),
+            data=DataConfig(stdlib=True, batch_size=4, piece_bytes=384, student_length=384, teacher_length=128),
+            losses=LossConfig(**BEST),
+            optimizer=OptimizerConfig(steps=1_500, learning_rate=6e-3, warmup_steps=50),
+            compute=ComputeConfig(compute_dtype="float32"),
+        ),
+    ),
     "quickstart-teacher": (
         "Pretrains the quickstart's teacher: next-token prediction alone, from random weights.",
         dict(

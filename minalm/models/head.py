@@ -3,7 +3,7 @@
 Entries are divided over `tp`. Logits are computed in blocks of positions and entries, with running sums of exponentials
 (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867). The backward pass computes each block again. So no
 array has both a time axis and a whole vocabulary axis, forward or backward, and the table is read once for many
-positions.
+positions. One kind of array is excepted: the distribution of the next byte, over a byte student's few hundred entries.
 """
 
 import dataclasses

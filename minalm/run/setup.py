@@ -67,7 +67,7 @@ class StudentConfig:
     there."""
     train_expansion: bool = False
     """Train the expansion table too. By default it stays as the teacher's embedding table is."""
-    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = None  # of a run without a teacher
+    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = None  # of a student that is not its teacher's shape
 
     @property
     def inputs(self) -> list[Path]:
@@ -78,7 +78,8 @@ class StudentConfig:
         """Raises InputError for settings that do not go together."""
         if self.train_expansion and not self.expansion:
             raise InputError("--train-expansion trains a table that --no-expansion leaves out: choose one")
-        if self.architecture is not None and (self.teacher is not None or self.student is not None):
+        of_its_own = self.teacher is None or losses.needs_teacher
+        if self.architecture is not None and (self.student is not None or not of_its_own):
             raise InputError(
                 "this preset pretrains an architecture of its own: use another with --teacher or --student"
             )
@@ -233,6 +234,11 @@ def new_student(
     """The teacher on another vocabulary, or a model of random weights."""
     if teacher is None:
         return initialize(config.architecture, jax.random.key(seed))
+    if config.architecture is not None:
+        original = teacher.model.config.vocab_size if expansion else None
+        rows = padded_rows(vocabulary)
+        shape = dataclasses.replace(config.architecture, vocab_size=rows, expansion_size=original)
+        return initialize(shape, jax.random.key(seed))
     tied = config.tied
     if tied is None:
         tied = teacher.model.config.tied and config.student_tokenizer != "bytes"
