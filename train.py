@@ -173,6 +173,8 @@ def gradients(
     metrics |= {f"weight/{name}": weight for name, weight in zip(config.names, weights, strict=True)}
     metrics["bits_per_byte"] = losses.bits_per_byte(logp, batch.chunks.student_chunk, batch.chunks.text_bytes)
     metrics["left_out"] = total(batch.left_out)
+    if config.needs_bytes:  # the share of the targets for which the teacher says what the next byte is
+        metrics["taught"] = normalizers["next_byte"] / jnp.maximum(total(batch.student.weight), 1.0)
     return grad, metrics
 
 

@@ -357,6 +357,7 @@ def of_one_device(run):
 @pytest.mark.parametrize("fsdp, tp, parts", [(4, 2, 1), slow(2, 4, 1), slow(1, 1, 4), slow(2, 4, 2)])
 def test_the_step_on_a_mesh_and_in_parts(run, of_one_device, fsdp, tp, parts):
     grad, metrics = gradients(run, fsdp, tp, accumulation=parts)
+    assert 0.9 < metrics["taught"] <= 1.0
     assert metrics["loss/next_byte"] > 0.1 and metrics["weight/next_byte"] > 0.0
     assert_near(metrics, of_one_device[1], 1e-5)
     assert_near(grad, of_one_device[0], 1e-5)
@@ -389,3 +390,17 @@ def test_no_array_has_a_time_axis_and_the_teachers_vocabulary(run, monkeypatch):
 def test_what_is_refused():
     with pytest.raises(InputError, match="is for byte students"):
         prefixes.find_prefixes(vocabulary("gemma"), vocabulary("llama"), 400, 400)
+    nothing = dataclasses.replace(vocabulary("llama"), token_bytes=(b"",) * 10)
+    with pytest.raises(InputError, match="spells no bytes"):
+        prefixes.find_prefixes(nothing, vocabulary("bytes of llama"), 10, 264)
+    with pytest.raises(InputError, match="--losses.tau is for alm, which has weight 0"):
+        LossConfig(alm=0.0, next_byte=1.0, tau=5.0).check()
+    with pytest.raises(InputError, match="--losses.latents-norm is for latents, which has weight 0"):
+        LossConfig(latents_norm="l1").check()
+
+
+def test_special_tokens_that_the_student_lacks_are_named():
+    found = prefixes.find_prefixes(vocabulary("llama"), vocabulary("bytes of gemma"), 400, 264)
+    assert "<|start_header_id|>" in found.missing and "<|eot_id|>" not in found.missing  # eos is paired with eos
+    own = prefixes.find_prefixes(vocabulary("llama"), vocabulary("bytes of llama"), 400, 264)
+    assert own.missing == ()

@@ -67,7 +67,9 @@ class StudentConfig:
     there."""
     train_expansion: bool = False
     """Train the expansion table too. By default it stays as the teacher's embedding table is."""
-    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = None  # of a student that is not its teacher's shape
+    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = (
+        None  # of a student that is not its teacher's shape
+    )
 
     @property
     def inputs(self) -> list[Path]:
@@ -368,11 +370,17 @@ def load_texts(
     read_chat = ChatReader(*vocabularies, config.mask_prompt, date)
     training = read_texts(config, config.data, "training", config.stdlib_fraction, read_chat)
     held_out = read_texts(config, config.held_out, "held_out", 1.0, read_chat)
+    missing = []
+    if needs_bytes and models.prefixes.missing:
+        words = ", ".join(map(repr, models.prefixes.missing))
+        missing = [
+            f"next_byte leaves out the probability of the teacher's special tokens that the student lacks: {words}"
+        ]
     texts = Texts(
         config=config,
         training=training,
         held_out=held_out,
-        notes=[f"{count:,} chats {note}" for note, count in read_chat.notes.items()],
+        notes=[*(f"{count:,} chats {note}" for note, count in read_chat.notes.items()), *missing],
         student=Side(student.vocabulary, student.suffixes, config.student_length),
         teacher=teacher and Side(teacher.vocabulary, teacher.suffixes, config.teacher_length, models.prefixes),
         seed=seed,

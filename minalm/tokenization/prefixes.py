@@ -53,6 +53,7 @@ class Prefixes:
     outcomes: Int32[np.ndarray, " outcomes"]  # slot of each of the student's entries, at the beginning of a token
     window: Int32[np.ndarray, " vocab"]  # the first rank of the window that holds all of an id's nodes that have one
     slots: int  # the last one stays empty
+    missing: tuple[str, ...] = ()  # special tokens of the teacher's template that the student has not
 
 
 def find_prefixes(teacher: Vocabulary, student: Vocabulary, teacher_rows: int, student_rows: int) -> Prefixes:
@@ -153,6 +154,7 @@ def find_prefixes(teacher: Vocabulary, student: Vocabulary, teacher_rows: int, s
         outcomes=outcomes,
         window=window,
         slots=empty + 1,
+        missing=tuple(w for w in teacher.template_special if teacher.special[w] not in special.values()),
     )
 
 
