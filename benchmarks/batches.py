@@ -29,15 +29,18 @@ from real_tokenizers import real_tokenizer
 
 from minalm.batches import Side, make_batch
 from minalm.tokenization.chats import ChatReader
+from minalm.tokenization.prefixes import find_prefixes
 from minalm.tokenization.suffixes import longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.vocabulary import byte_vocabulary, with_special_tokens
 
 ROWS = 32
-PAIRS = {  # teacher, student, lengths of student and teacher
-    "Gemma 2 -> bytes": ("gemma2", None, 2048, 512),
-    "Llama 3 -> bytes": ("llama3", None, 2048, 512),
-    "Llama 3 -> Qwen": ("llama3", "qwen3", 512, 512),
+PAIRS = {  # teacher, student, lengths of student and teacher, with what the loss next_byte reads
+    "Gemma 2 -> bytes": ("gemma2", None, 2048, 512, False),
+    "  for next_byte": ("gemma2", None, 2048, 512, True),
+    "Llama 3 -> bytes": ("llama3", None, 2048, 512, False),
+    "  for next_byte ": ("llama3", None, 2048, 512, True),
+    "Llama 3 -> Qwen": ("llama3", "qwen3", 512, 512, False),
 }
 
 
@@ -93,7 +96,7 @@ def main() -> None:
         f"{'pair':18}{'texts/s':>9}{'library':>9}{'ratio':>7}   (best; medians) {'ms/batch':>9}{'library':>9}", end=""
     )
     print(f"{'ratio':>7}{'rendering':>11}{'bytes/batch':>13}{'left out':>10}{'set-up s':>10}")
-    for name, (teacher_name, student_name, student_length, teacher_length) in PAIRS.items():
+    for name, (teacher_name, student_name, student_length, teacher_length, next_byte) in PAIRS.items():
         paths = {key: real_tokenizer(key) for key in (teacher_name, student_name) if key}
         ours, library, setup, rendering = [], [], [], []
         for _ in range(options.rounds):
@@ -104,7 +107,8 @@ def main() -> None:
                 suffixes = longest_suffix(teacher, student)
             else:
                 student, suffixes = with_special_tokens(load_vocabulary(paths[student_name]), teacher), None
-            sides = Side(student, suffixes, student_length), Side(teacher, None, teacher_length)
+            prefixes = find_prefixes(teacher, student, teacher.size, student.size) if next_byte else None
+            sides = Side(student, suffixes, student_length), Side(teacher, None, teacher_length, prefixes)
             make_batch([], *sides)
             setup.append(time.perf_counter() - start)
 

@@ -34,7 +34,6 @@ RECIPES = {  # name -> weights of the losses that are on, and further flags
     "next byte + latents": ({"next_byte": 1, "latents": 1}, []),
     "next byte + sft, fixed weights": ({"next_byte": 1, "sft": 1}, ["--losses.balance", "fixed"]),
     "alm + sft, fixed weights": ({"alm": 1, "sft": 1}, ["--losses.balance", "fixed"]),
-    "alm + sft, unbiased chunks": ({"alm": 1, "sft": 1}, ["--losses.chunks", "unbiased"]),
 }
 MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
 QUICKSTART = {  # rows of the README's table

@@ -216,6 +216,8 @@ def byte_places(
     another, and of a text that is the first token of a row.
     """
     within, node, after_token = places = np.full((3, len(ours), student_length), -1, np.int32)
+    if not ours:
+        return places
     width = 1 + max(int(encoding.ends.max(initial=0)) for encoding in (*ours, *theirs))
     our, their = (_Tokens.of(s, n, pieces, width) for s, n in ((ours, student_length), (theirs, teacher_length)))
     if not len(our.ids) or not len(their.ids):
