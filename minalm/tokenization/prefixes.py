@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Int32, UInt8
 
 from minalm.errors import InputError
 from minalm.text.documents import Markup, Piece
@@ -215,53 +215,62 @@ def byte_places(
     Nothing is said inside a text that a template writes, of what follows such a text where the other side writes
     another, and of a text that is the first token of a row.
     """
-    within, node, after_token = places = np.full((3, len(ours), student_length), -1, np.int32)
-    if not ours:
-        return places
-    width = 1 + max(int(encoding.ends.max(initial=0)) for encoding in (*ours, *theirs))
-    our, their = (_Tokens.of(s, n, pieces, width) for s, n in ((ours, student_length), (theirs, teacher_length)))
-    if not len(our.ids) or not len(their.ids):
+    places = np.full((3, len(ours), student_length), -1, np.int32)
+    within, node, after = places.reshape(3, -1)
+    if not any(len(encoding.ids) for encoding in theirs):
         return places
     segments = [segment.content for piece in pieces for segment in piece]
-    alike = np.array([not isinstance(c, Markup) or c.student == c.teacher for c in segments])
-    is_text = np.array([isinstance(c, str) for c in segments])
+    width = np.int32(1 + max(int(encoding.ends.max(initial=0)) for encoding in (*ours, *theirs)))
 
-    here = np.flatnonzero((our.ends[:-1] >= 0) & our.counts[1:] & (our.row[:-1] == our.row[1:]))
-    here = here[alike[our.segment[here + 1]]]
-    place = our.ends[here]
+    # The student's tokens whose next one counts, and where they end. What ends in row n is at n * width and behind it.
+    ends, counts = np.full((len(ours), student_length), -1, np.int32), np.zeros((len(ours), student_length), bool)
+    for row, encoding in enumerate(ours):
+        our = encoding.cut(student_length)
+        if not (size := len(our.ids)):
+            continue
+        ends[row, :size] = np.where(our.ends >= 0, our.ends + width * row, -1)
+        counts[row, : size - 1] = our.loss_mask[1:]
+        differs = [isinstance(s.content, Markup) and s.content.student != s.content.teacher for s in pieces[row]]
+        if any(differs):
+            counts[row, : size - 1] &= ~np.array(differs)[our.segment[1:]]
+    here = np.flatnonzero((ends >= 0) & counts)
+    place = ends.ravel()[here]
 
     # Of each of the teacher's tokens: whether it is of text, its bytes, and what is said behind it. A special token cannot
     # run on. A space that the tokenizer put before a text is a token that has been read where the text begins.
+    their = _Tokens.of(theirs, teacher_length, pieces, width)
     rank = prefixes.rank[their.ids]
     length = np.where(rank >= 0, prefixes.length[rank], 0)
-    first_letter = prefixes.start[rank]
-    after = their.time.copy()
+    letter = prefixes.start[rank]
+    last, read, last_node = their.time.copy(), length.copy(), np.full(len(rank), -1, np.int32)
+    spells = length > 0
+    last_node[spells] = prefixes.node[(letter + length - 1)[spells]]
     follows = np.flatnonzero((their.ends[:-1] >= 0) & (their.ends[1:] < 0) & (length[1:] == 1)) + 1
+    is_text = np.array([isinstance(content, str) for content in segments])
     dummy = follows[is_text[their.segment[follows]] & (their.text_bytes[follows] == 0) & (their.time[follows] > 0)]
-    after[dummy - 1] = after[dummy]
-    read = length.copy()
+    for array in (last, read, last_node):
+        array[dummy - 1] = array[dummy]
     read[dummy - 1] = 1
-    last_node = np.where(length > 0, prefixes.node[first_letter + np.maximum(length, 1) - 1], -1)
-    last_node[dummy - 1] = last_node[dummy]
-    says = (read == 0) | (after > 0)
 
     known = np.flatnonzero(their.ends >= 0)
     ends_here = np.bincount(their.ends[known], minlength=width * len(ours)) > 0
     following = np.cumsum(ends_here, dtype=np.int32)[place]  # of the known ones, the first that ends behind the place
-    inner = (their.text_bytes > 0) & (their.time > 0)
-    begins = np.append(np.where(inner, their.ends - length, np.int32(2**31 - 1))[known], np.int32(2**31 - 1))
+    never = np.int32(2**31 - 1)
+    of_text = (their.text_bytes > 0) & (their.time > 0)
+    begins = np.append(np.where(of_text, their.ends - length, never)[known], never)
     inside = begins[following] < place
-    behind = ~inside & ends_here[place] & says[known][following - 1]
+    to_letter = (letter + length - their.ends - 1)[known]  # a place -> the letter before it
+    token, where = following[inside], here[inside]
+    within[where] = (their.time - 1)[known][token]
+    node[where] = prefixes.node[to_letter[token] + place[inside]]
 
-    token = known[following[inside]]
-    where = our.row[here[inside]], our.time[here[inside]]
-    within[where] = their.time[token] - 1
-    node[where] = prefixes.node[first_letter[token] + length[token] - (their.ends[token] - place[inside]) - 1]
-    token = known[following[behind] - 1]
-    where = our.row[here[behind]], our.time[here[behind]]
-    within[where] = np.where(read[token] > 0, after[token] - 1, -1)
+    says = ((read == 0) | (last > 0))[known]
+    behind = np.flatnonzero(~inside & ends_here[place])
+    behind = behind[says[following[behind] - 1]]
+    token, where = known[following[behind] - 1], here[behind]
+    within[where] = np.where(read > 0, last - 1, -1)[token]
     node[where] = last_node[token]
-    after_token[where] = after[token]
+    after[where] = last[token]
     return places
 
 
@@ -269,26 +278,22 @@ class _Tokens(NamedTuple):
     """The tokens of all rows of a batch in one array; the ends of row n begin at n * width."""
 
     ids: Int32[np.ndarray, " tokens"]
-    row: Int32[np.ndarray, " tokens"]
     time: Int32[np.ndarray, " tokens"]
     ends: Int32[np.ndarray, " tokens"]  # -1: nowhere
     segment: Int32[np.ndarray, " tokens"]  # among those of all pieces
     text_bytes: Int32[np.ndarray, " tokens"]
-    counts: Bool[np.ndarray, " tokens"]
 
     @classmethod
-    def of(cls, rows: Sequence[Encoding], length: int, pieces: Sequence[Piece], width: int) -> "_Tokens":
+    def of(cls, rows: Sequence[Encoding], length: int, pieces: Sequence[Piece], width: np.int32) -> "_Tokens":
         cut = [encoding.cut(length) for encoding in rows]
-        ids, ends, text_bytes, segment, counts = map(np.concatenate, zip(*(encoding[:5] for encoding in cut)))
+        ids, ends, text_bytes, segment = map(np.concatenate, zip(*(encoding[:4] for encoding in cut)))
         size = np.array([len(encoding.ids) for encoding in cut], np.int32)
         row = np.repeat(np.arange(len(cut), dtype=np.int32), size)
         segments = np.array([len(piece) for piece in pieces], np.int32)
         return cls(
             ids=ids,
-            row=row,
             time=np.arange(len(ids), dtype=np.int32) - (np.cumsum(size, dtype=np.int32) - size)[row],
-            ends=np.where(ends >= 0, ends + np.int32(width) * row, -1),
+            ends=np.where(ends >= 0, ends + width * row, -1),
             segment=segment.astype(np.int32) + (np.cumsum(segments, dtype=np.int32) - segments)[row],
             text_bytes=text_bytes,
-            counts=counts,
         )
