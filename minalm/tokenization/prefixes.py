@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from minalm.errors import InputError
 from minalm.text.documents import Markup, Piece
@@ -76,24 +76,9 @@ def find_prefixes(teacher: Vocabulary, student: Vocabulary, teacher_rows: int, s
     length = np.array([len(token) for token in tokens], np.int32)
     start = (np.cumsum(length) - length).astype(np.int32)
 
-    # Nodes, one depth after the other. Node 0 is the beginning of no bytes.
-    node = np.zeros(len(letters), np.int32)
-    at = np.zeros(len(order), np.int32)  # the node of each rank's bytes so far
-    low, high, depths, parents, last_letter = [np.array([0])], [np.array([len(order)])], [[0]], [[-1]], [[0]]
-    count = 1
-    for depth in range(1, int(length.max()) + 1):
-        ranks = np.flatnonzero(length >= depth)
-        letter, parent = letters[start[ranks] + depth - 1], at[ranks]
-        new = np.append(True, (letter[1:] != letter[:-1]) | (parent[1:] != parent[:-1]))
-        at[ranks] = node[start[ranks] + depth - 1] = count + np.cumsum(new) - 1
-        first = np.flatnonzero(new)
-        low.append(ranks[first])
-        high.append(ranks[np.append(first[1:], len(ranks)) - 1] + 1)
-        depths.append(np.full(len(first), depth))
-        parents.append(parent[first])
-        last_letter.append(letter[first])
-        count += len(first)
-    low, high, depths, parents, last_letter = map(np.concatenate, (low, high, depths, parents, last_letter))
+    nodes = _nodes(letters, start, length)
+    low, high, depths, parents, last_letter = nodes.low, nodes.high, nodes.depth, nodes.parent, nodes.letter
+    at = nodes.of_rank
 
     # Slots: inner nodes, their other children, the entries that end at inner nodes, the student's special tokens, what
     # is nowhere, and an empty one.
@@ -121,16 +106,10 @@ def find_prefixes(teacher: Vocabulary, student: Vocabulary, teacher_rows: int, s
     depth = np.concatenate([depths[below], depths[ends] + 1])
     levels = [Level(child[depth == d].astype(np.int32), parent[depth == d].astype(np.int32)) for d in np.unique(depth)]
 
-    # An entry's probability is first added to the slot of its shallowest beginning that is not inner.
-    leaves = np.flatnonzero(leaf)
-    leaves = leaves[np.argsort(low[leaves])]
-    of_rank = np.searchsorted(low[leaves], np.arange(len(order)), side="right") - 1
-    held = (of_rank >= 0) & (np.arange(len(order)) < high[leaves][of_rank])
-    end_of_node = np.full(count, empty)
-    end_of_node[ends] = end_slot
     slot, window = np.full(teacher_rows, nowhere, np.int32), np.zeros(teacher_rows, np.int32)
-    slot[order] = np.where(held, slot_of_node[leaves][of_rank], end_of_node[at])
-    window[order] = np.where(held, low[leaves][of_rank], 0)
+    end_of_node = np.full(len(low), empty)
+    end_of_node[ends] = end_slot
+    slot[order], window[order] = _of_entries(nodes, leaf, slot_of_node, end_of_node)
     outcomes = np.full(student_rows, empty, np.int32)
     outcomes[:256] = children[0, :256]
     for (ours, theirs), place in zip(special.items(), special_slot):
@@ -143,7 +122,7 @@ def find_prefixes(teacher: Vocabulary, student: Vocabulary, teacher_rows: int, s
         letters=letters,
         start=start,
         length=length,
-        node=node,
+        node=nodes.node,
         low=low.astype(np.int32),
         high=high.astype(np.int32),
         depth=depths.astype(np.int32),
@@ -156,6 +135,56 @@ def find_prefixes(teacher: Vocabulary, student: Vocabulary, teacher_rows: int, s
         slots=empty + 1,
         missing=tuple(w for w in teacher.template_special if teacher.special[w] not in special.values()),
     )
+
+
+class _Nodes(NamedTuple):
+    """All beginnings of entries; number 0 is that of no bytes, and a parent comes before its children."""
+
+    node: Int32[np.ndarray, " letters"]  # of the beginning of an entry that ends with this letter
+    of_rank: Int32[np.ndarray, " entries"]  # that of all bytes of an entry
+    low: Int64[np.ndarray, " nodes"]
+    high: Int64[np.ndarray, " nodes"]
+    depth: Int64[np.ndarray, " nodes"]
+    parent: Int64[np.ndarray, " nodes"]  # -1: none
+    letter: Int64[np.ndarray, " nodes"]  # the last one
+
+
+def _nodes(
+    letters: UInt8[np.ndarray, " letters"], start: Int32[np.ndarray, " entries"], length: Int32[np.ndarray, " entries"]
+) -> _Nodes:
+    """One depth after the other: in sorted order, entries that begin alike stand side by side."""
+    node, at = np.zeros(len(letters), np.int32), np.zeros(len(start), np.int32)  # `at`: the node of the bytes so far
+    columns = [[np.array([value])] for value in (0, len(start), 0, -1, 0)]
+    count = 1
+    for depth in range(1, int(length.max()) + 1):
+        ranks = np.flatnonzero(length >= depth)
+        letter, parent = letters[start[ranks] + depth - 1], at[ranks]
+        new = np.append(True, (letter[1:] != letter[:-1]) | (parent[1:] != parent[:-1]))
+        at[ranks] = node[start[ranks] + depth - 1] = count + np.cumsum(new) - 1
+        first = np.flatnonzero(new)
+        last = np.append(first[1:], len(ranks)) - 1
+        found = ranks[first], ranks[last] + 1, np.full(len(first), depth), parent[first], letter[first]
+        for column, values in zip(columns, found, strict=True):
+            column.append(values.astype(np.int64))
+        count += len(first)
+    return _Nodes(node, at, *map(np.concatenate, columns))
+
+
+def _of_entries(
+    nodes: _Nodes,
+    leaf: Bool[np.ndarray, " nodes"],
+    slot_of_node: Int64[np.ndarray, " nodes"],
+    end_of_node: Int64[np.ndarray, " nodes"],
+) -> tuple[Int64[np.ndarray, " entries"], Int64[np.ndarray, " entries"]]:
+    """`slot` and `window` of each rank: those of its shallowest beginning that is not inner, of which there is at most
+    one; for an entry that is inner itself, the slot of what ends there."""
+    leaves = np.flatnonzero(leaf)
+    leaves = leaves[np.argsort(nodes.low[leaves])]
+    ranks = np.arange(len(nodes.of_rank))
+    leaf_of_rank = np.searchsorted(nodes.low[leaves], ranks, side="right") - 1
+    held = (leaf_of_rank >= 0) & (ranks < nodes.high[leaves][leaf_of_rank])
+    slot = np.where(held, slot_of_node[leaves][leaf_of_rank], end_of_node[nodes.of_rank])
+    return slot, np.where(held, nodes.low[leaves][leaf_of_rank], 0)
 
 
 def typical_prefixes(teacher_rows: int, student_rows: int) -> Prefixes:
@@ -222,19 +251,7 @@ def byte_places(
     segments = [segment.content for piece in pieces for segment in piece]
     width = np.int32(1 + max(int(encoding.ends.max(initial=0)) for encoding in (*ours, *theirs)))
 
-    # The student's tokens whose next one counts, and where they end. What ends in row n is at n * width and behind it.
-    ends, counts = np.full((len(ours), student_length), -1, np.int32), np.zeros((len(ours), student_length), bool)
-    for row, encoding in enumerate(ours):
-        our = encoding.cut(student_length)
-        if not (size := len(our.ids)):
-            continue
-        ends[row, :size] = np.where(our.ends >= 0, our.ends + width * row, -1)
-        counts[row, : size - 1] = our.loss_mask[1:]
-        differs = [isinstance(s.content, Markup) and s.content.student != s.content.teacher for s in pieces[row]]
-        if any(differs):
-            counts[row, : size - 1] &= ~np.array(differs)[our.segment[1:]]
-    here = np.flatnonzero((ends >= 0) & counts)
-    place = ends.ravel()[here]
+    here, place = _student_places(pieces, ours, student_length, width)
 
     # Of each of the teacher's tokens: whether it is of text, its bytes, and what is said behind it. A special token cannot
     # run on. A space that the tokenizer put before a text is a token that has been read where the text begins.
@@ -272,6 +289,25 @@ def byte_places(
     node[where] = last_node[token]
     after[where] = last[token]
     return places
+
+
+def _student_places(
+    pieces: Sequence[Piece], ours: Sequence[Encoding], length: int, width: np.int32
+) -> tuple[Int64[np.ndarray, " places"], Int32[np.ndarray, " places"]]:
+    """(the student's tokens whose next one counts, as numbers in [row, time]; where they end: what ends in row n is at
+    n * width and behind it)."""
+    ends, counts = np.full((len(ours), length), -1, np.int32), np.zeros((len(ours), length), bool)
+    for row, encoding in enumerate(ours):
+        our = encoding.cut(length)
+        if not (size := len(our.ids)):
+            continue
+        ends[row, :size] = np.where(our.ends >= 0, our.ends + width * row, -1)
+        counts[row, : size - 1] = our.loss_mask[1:]
+        differs = [isinstance(s.content, Markup) and s.content.student != s.content.teacher for s in pieces[row]]
+        if any(differs):
+            counts[row, : size - 1] &= ~np.array(differs)[our.segment[1:]]
+    here = np.flatnonzero((ends >= 0) & counts)
+    return here, ends.ravel()[here]
 
 
 class _Tokens(NamedTuple):
