@@ -167,12 +167,29 @@ def random_batch(seed: int, teacher: bool = True) -> Batch:
     return Batch(tokens(40, True), tokens(51, False) if teacher else None, chunks, left_out)
 
 
-def plain_logp(model, entries, tokens):
+def plain_probabilities(model, entries, tokens):
     suffix = tokens.inputs if tokens.suffix is None else tokens.suffix
     logits = np.asarray(whole_pass(model.config)(model, tokens.inputs, suffix), np.float64)
-    logits = np.where(entries.exists, logits, -np.inf)
-    total = np.log(np.exp(logits).sum(-1))
-    return np.take_along_axis(logits, tokens.targets[..., None].astype(int), -1)[..., 0] - total
+    exponentials = np.exp(np.where(entries.exists, logits, -np.inf))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def plain_logp(model, entries, tokens):
+    p = plain_probabilities(model, entries, tokens)
+    return np.log(np.take_along_axis(p, tokens.targets[..., None].astype(int), -1)[..., 0])
+
+
+def plain_calibration(model, entries, batches):
+    """The expected calibration error of the boundary mass in 15 bins, one position after the other."""
+    bins = np.zeros((15, 2))
+    positions = 0
+    for batch in batches:
+        p = plain_probabilities(model, entries, batch.student)
+        for place in np.argwhere(batch.student.weight > 0):
+            mass = p[tuple(place)][entries.boundary].sum()
+            bins[min(int(15 * mass), 14)] += mass, entries.boundary[batch.student.targets[tuple(place)]]
+            positions += 1
+    return np.abs(bins[:, 0] - bins[:, 1]).sum() / positions
 
 
 @pytest.mark.parametrize("fsdp, tp", ((1, 1), (2, 2)))
@@ -195,7 +212,8 @@ def test_measures(fsdp, tp):
                 differences.append(abs(pair[0] - pair[1]))
                 size += chunks.text_bytes[row, chunk]
     assert size > 20
-    assert found.keys() == {"student", "teacher", "agreement"}
+    assert found.keys() == {"student", "teacher", "agreement", "calibration"}
+    np.testing.assert_allclose(found["calibration"], plain_calibration(student, ENTRIES, batches), rtol=1e-4)
     np.testing.assert_allclose([found["student"], found["teacher"]], nats / size / math.log(2), rtol=1e-5)
     np.testing.assert_allclose(found["agreement"], np.mean(differences), rtol=1e-5)
 
@@ -210,7 +228,8 @@ def test_measures_without_a_teacher():
         inside = batch.chunks.student_chunk[row] == chunk
         if inside.any() and batch.chunks.text_bytes[row, chunk]:
             nats, size = nats - logp[row][inside].sum(), size + batch.chunks.text_bytes[row, chunk]
-    assert found.keys() == {"student"}
+    assert found.keys() == {"student", "calibration"}
+    np.testing.assert_allclose(found["calibration"], plain_calibration(student, ENTRIES, [batch]), rtol=1e-4)
     np.testing.assert_allclose(found["student"], nats / size / math.log(2), rtol=1e-5)
 
 
