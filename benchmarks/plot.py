@@ -27,7 +27,7 @@ def recipes(results: Path, out: Path) -> None:
     shares = [key for key in next(iter(found.values())) if key != "rate"]
     figure, panels = plt.subplots(len(shares), 2, figsize=(9, 0.4 * len(found) * len(shares) + 1.5), squeeze=False)
     for row, share in zip(panels, shares):
-        for panel, measure, name in zip(row, (0, 1), ("bits per byte", "mean |log p_S - log p_T| a chunk, nats")):
+        for panel, measure, name in zip(row, (0, 1), ("bits per byte", "nats a chunk")):
             for height, (recipe, runs) in enumerate(reversed(found.items())):
                 values = [values[measure] for values in runs[share]]
                 panel.plot(values, [height] * len(values), "o", color="tab:blue", alpha=0.5)
