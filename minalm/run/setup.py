@@ -67,9 +67,8 @@ class StudentConfig:
     there."""
     train_expansion: bool = False
     """Train the expansion table too. By default it stays as the teacher's embedding table is."""
-    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = (
-        None  # of a student that is not its teacher's shape
-    )
+    # Of a student that has not its teacher's shape, with random weights.
+    architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
 
     @property
     def inputs(self) -> list[Path]:
