@@ -24,6 +24,7 @@ from tyro.conf import Positional, arg
 
 from minalm.errors import InputError
 from minalm.huggingface.folder import copy, read_generation_config, save
+from minalm.huggingface.loaded import LoadedModel
 from minalm.huggingface.weights import find
 from minalm.models.config import ModelConfig
 from minalm.models.student import student_from_teacher
@@ -32,7 +33,7 @@ from minalm.parallel.distributed import exit_on_input_error
 from minalm.run import checkpoint
 from minalm.run.export import export as export_run
 from minalm.run.folder import RunFolder, is_run
-from minalm.run.setup import LoadedModel, StudentConfig, new_vocabulary
+from minalm.run.setup import StudentConfig, new_vocabulary
 from minalm.tokenization.transfer import plan_transfer
 
 # Arguments as the help names them. In a docstring, tyro joins the lines that begin with a letter.

@@ -60,6 +60,7 @@ def measure(case: Case) -> dict[str, float]:
     from minalm import batches as batching
     from minalm.distill.losses import LOSSES, LossConfig
     from minalm.huggingface.folder import GenerationConfig
+    from minalm.huggingface.loaded import LoadedModel
     from minalm.models.config import ModelConfig
     from minalm.models.head import VocabularyMask
     from minalm.models.transformer import initialize
@@ -68,7 +69,7 @@ def measure(case: Case) -> dict[str, float]:
     from minalm.run import estimate
     from minalm.run.compute import ComputeConfig
     from minalm.run.optimizer import OptimizerConfig, make_optimizer
-    from minalm.run.setup import LoadedModel, Models, StudentConfig, trained_parameters, with_prefixes
+    from minalm.run.setup import Models, StudentConfig, trained_parameters, with_prefixes
     from minalm.text.corpus import text_corpus
     from minalm.text.stdlib import stdlib_documents
     from minalm.tokenization.suffixes import longest_suffix

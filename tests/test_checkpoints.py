@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from minalm.errors import InputError
 from minalm.huggingface import folder, weights
 from minalm.huggingface.folder import load_vocabularies
+from minalm.huggingface.loaded import LoadedModel
 from minalm.models import transformer
 from minalm.run import checkpoint
-from minalm.run.setup import LoadedModel
 from minalm.text.documents import Segment
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.vocabulary import byte_vocabulary, with_special_tokens

@@ -30,13 +30,14 @@ from minalm.distill.losses import LossConfig
 from minalm.evaluation.bits_per_byte import measure
 from minalm.huggingface import weights
 from minalm.huggingface.folder import load_vocabularies
+from minalm.huggingface.loaded import LoadedModel
 from minalm.models.config import ModelConfig
 from minalm.models.transformer import Transformer, initialize
 from minalm.parallel.mesh import make_mesh, shard
 from minalm.run import checkpoint
 from minalm.run.folder import JsonLines, RunFolder, open_run, start_run
 from minalm.run.settings import flat, plain
-from minalm.run.setup import OF_A_NEW_STUDENT, LoadedModel, StudentConfig, fingerprints, load_models, load_texts
+from minalm.run.setup import OF_A_NEW_STUDENT, StudentConfig, fingerprints, load_models, load_texts
 from minalm.text.corpus import read_corpus
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.train_bpe import train_bpe

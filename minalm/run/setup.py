@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -16,14 +15,9 @@ from minalm.distill.losses import LOSSES, LossConfig
 from minalm.errors import InputError, check_at_least, flag
 from minalm.huggingface import weights
 from minalm.huggingface.configs import known_config
-from minalm.huggingface.folder import (
-    GenerationConfig,
-    load_vocabularies,
-    read_generation_config,
-    write_start,
-)
+from minalm.huggingface.folder import GenerationConfig, read_generation_config, write_start
+from minalm.huggingface.loaded import LoadedModel
 from minalm.models.config import ModelConfig
-from minalm.models.head import VocabularyMask
 from minalm.models.student import pad_rows, student_from_teacher
 from minalm.models.transformer import Transformer, abstract, initialize
 from minalm.parallel.mesh import local_rows
@@ -107,35 +101,6 @@ class StudentConfig:
 
 
 OF_A_NEW_STUDENT = ("student_tokenizer", "special_tokens", "tied", "student_weights", "expansion")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model that a run begins with, and how it reads text."""
-
-    model: Transformer  # the weights in their files, or tables of a new vocabulary on the host
-    vocabulary: Vocabulary | None  # None: the model's shapes alone are known
-    suffixes: LongestSuffix | None  # of a model with an input expansion
-    mask: VocabularyMask
-
-    @classmethod
-    def of_shapes(cls, model: Transformer) -> "LoadedModel":
-        """A model that is not there, to compile for."""
-        mask = VocabularyMask(*(np.zeros(model.config.vocab_size, bool) for _ in range(2)))
-        return cls(model, None, None, mask)
-
-    @classmethod
-    def read(cls, name: Path) -> "LoadedModel":
-        """A folder, or a model of the hub. Raises InputError."""
-        folder = weights.find(name)
-        return cls.of(weights.read(folder), *load_vocabularies(folder))
-
-    @classmethod
-    def of(cls, model: Transformer, vocabulary: Vocabulary, suffixes: LongestSuffix | None) -> "LoadedModel":
-        """Raises InputError if the tokenizer has more ids than the model has rows."""
-        rows = model.config.vocab_size
-        mask = VocabularyMask(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
-        return cls(model, vocabulary, suffixes, mask)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""A model with its vocabulary, as training, generation and evaluation read it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minalm.huggingface import weights
+from minalm.huggingface.folder import load_vocabularies
+from minalm.models.head import VocabularyMask
+from minalm.models.transformer import Transformer
+from minalm.tokenization.suffixes import LongestSuffix
+from minalm.tokenization.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and how it reads text."""
+
+    model: Transformer  # the weights in their files, or tables of a new vocabulary on the host
+    vocabulary: Vocabulary | None  # None: the model's shapes alone are known
+    suffixes: LongestSuffix | None  # of a model with an input expansion
+    mask: VocabularyMask
+
+    @classmethod
+    def of_shapes(cls, model: Transformer) -> "LoadedModel":
+        """A model that is not there, to compile for."""
+        mask = VocabularyMask(*(np.zeros(model.config.vocab_size, bool) for _ in range(2)))
+        return cls(model, None, None, mask)
+
+    @classmethod
+    def read(cls, name: Path) -> "LoadedModel":
+        """A folder, or a model of the hub. Raises InputError."""
+        folder = weights.find(name)
+        return cls.of(weights.read(folder), *load_vocabularies(folder))
+
+    @classmethod
+    def of(cls, model: Transformer, vocabulary: Vocabulary, suffixes: LongestSuffix | None) -> "LoadedModel":
+        """Raises InputError if the tokenizer has more ids than the model has rows."""
+        rows = model.config.vocab_size
+        mask = VocabularyMask(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
+        return cls(model, vocabulary, suffixes, mask)
