@@ -35,6 +35,7 @@ from minalm.distill.parts import after, in_parts
 from minalm.errors import check_at_least
 from minalm.models.contract import Model, read
 from minalm.models.head import PrefixTree, VocabularyMask
+from minalm.models.mapped import Mapped, bare, with_student
 from minalm.parallel.distributed import barrier, exit_on_input_error, is_first, join
 from minalm.parallel.mesh import (
     ROWS,
@@ -121,7 +122,11 @@ def initial_state(
 ) -> tuple[State, Frozen]:
     """The initial state, and what training does not change: on the mesh, trained parameters in float32, others in
     `dtype`. With `shard_shapes` as `put`, their shapes."""
-    trained, frozen = eqx.partition(models.student.model, models.trained)
+    student, is_trained = models.student.model, models.trained
+    if models.maps is not None:
+        student = Mapped(student, models.maps)
+        is_trained = with_student(student, is_trained, True)
+    trained, frozen = eqx.partition(student, is_trained)
     trained, teacher = put(trained, mesh, jnp.float32), models.teacher
     init = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh))
     step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings(P(), mesh))
@@ -218,7 +223,7 @@ def main(config: Config) -> None:
         mesh = run_mesh(config.mesh, config.data.batch_size, config.compute.accumulation)
         models = setup.load_models(config.student, config.data.student_length, config.seed)
         models = setup.with_prefixes(models, config.losses)
-        setup.check_hidden_states(config.losses, models)
+        models = setup.with_maps(models, config.losses, config.seed)
         texts = setup.load_texts(config.data, models, config.seed, mesh, date, config.losses.needs_bytes)
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide
@@ -236,8 +241,7 @@ def main(config: Config) -> None:
         with barrier():
             run.check_seen(jax.process_index())
             if config.run.resume and checkpoint.latest(run.checkpoints) is not None:
-                found = checkpoint.restore(run.checkpoints, items(state))
-                state = State(found["student"], **found["rest"])
+                state = from_items(state, checkpoint.restore(run.checkpoints, items(state)))
             recorder = Recorder(run, config.evaluation, texts, config.optimizer.steps, int(state.step))
         train(config, recorder, optimizer, state, frozen)
 
@@ -266,7 +270,7 @@ def train(
                 checkpoint.save(run.checkpoints, step, items(state))
     with barrier():
         if is_first():  # of a student that lies on several processes, the last checkpoint is read
-            trained = state.student if jax.process_count() == 1 else None
+            trained = bare(state.student) if jax.process_count() == 1 else None
             export(run, run.exported, config.compute.compute_dtype, last, trained, replace=True)
     recorder.evaluate(last, state.student, frozen, dtype)
     with barrier():
@@ -276,7 +280,16 @@ def train(
 
 def items(state: State) -> dict[str, Any]:
     """The parts of a checkpoint: the student can be read without the rest."""
-    return {"student": state.student, "rest": {"optimizer": state.optimizer, "step": state.step}}
+    maps = {"maps": state.student.maps} if isinstance(state.student, Mapped) else {}
+    return {"student": bare(state.student), "rest": {"optimizer": state.optimizer, "step": state.step, **maps}}
+
+
+def from_items(like: State, found: dict[str, Any]) -> State:
+    """The inverse of `items`."""
+    student, rest = found["student"], dict(found["rest"])
+    if isinstance(like.student, Mapped):
+        student = with_student(like.student, student, rest.pop("maps"))
+    return State(student, **rest)
 
 
 def estimated(config: Config) -> estimate.Estimate:
@@ -286,6 +299,7 @@ def estimated(config: Config) -> estimate.Estimate:
     topology = estimate.parse_topology(config.compile_only)
     mesh = run_mesh(config.mesh, data.batch_size, config.compute.accumulation, estimate.topology_devices(topology))
     models = setup.with_prefixes(setup.model_shapes(config.student, data.student_length, config.seed), config.losses)
+    models = setup.with_maps(models, config.losses, config.seed)
     state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype, shard_shapes)
     update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)
     arguments = state, frozen, estimate.batch_shapes(data, models, mesh)

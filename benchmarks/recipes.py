@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py                    # all recipes, 250 steps, three shares of the text
     python benchmarks/recipes.py --table quickstart # the quickstart's own setting: the README's table
+    python benchmarks/recipes.py --table cross      # quickstart-cross: a narrower model of random weights
 
 Each recipe takes its learning rate from runs on all of the text with seed 0, measured on other held-out rows than the
 table is; the grid grows by a factor of 2 until its edge is not the best. One process a core, one core a process.
@@ -36,13 +37,27 @@ RECIPES = {  # name -> weights of the losses that are on, and further flags
     "alm + sft, fixed weights": ({"alm": 1, "sft": 1}, ["--losses.balance", "fixed"]),
 }
 MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
-QUICKSTART = {  # rows of the README's table
-    "the quickstart (next byte + sft)": [],
-    "sft alone": ["--losses.next-byte", "0", "--losses.alm", "0", "--losses.sft", "1"],
-    "alm + sft": ["--losses.next-byte", "0", "--losses.alm", "1", "--losses.sft", "1"],
-    "control: random weights, sft alone": [
-        *("--losses.next-byte", "0", "--losses.alm", "0", "--losses.sft", "1", "--student-weights", "random"),
-    ],
+SFT, ALM = ([*"--losses.next-byte 0 --losses.sft 1 --losses.alm".split(), weight] for weight in "01")
+PRESETS = {  # name of a table -> (preset, rows: what is changed)
+    "quickstart": (
+        "quickstart",
+        {
+            "the quickstart (next byte + sft)": [],
+            "sft alone": SFT,
+            "alm + sft": ALM,
+            "control: random weights, sft alone": [*SFT, "--student-weights", "random"],
+        },
+    ),
+    "cross": (
+        "quickstart-cross",
+        {
+            "next byte + sft": [],
+            "next byte + sft + latents": ["--losses.latents", "1"],
+            "sft": SFT,
+            "alm + sft": ALM,
+            "alm + sft + latents": [*ALM, "--losses.latents", "1"],
+        },
+    ),
 }
 
 
@@ -50,10 +65,11 @@ QUICKSTART = {  # rows of the README's table
 class Settings:
     """What is compared."""
 
-    table: Literal["recipes", "quickstart"] = "recipes"
+    table: Literal["recipes", "quickstart", "cross"] = "recipes"
     recipes: tuple[str, ...] = tuple(RECIPES)
     """Names of RECIPES."""
     steps: int = 250
+    """Of the recipes; the other tables are of the steps of their preset."""
     shorter: int | None = None
     """Also runs of this many steps, with the learning rates of the others."""
     fractions: tuple[float, ...] = (1.0, 0.1, 0.01)
@@ -67,12 +83,12 @@ class Settings:
     out: Path = Path("runs/recipes")
 
 
-def run(arguments: list[str], out: Path) -> dict:
+def run(arguments: list[str], out: Path, preset: str = "quickstart") -> dict:
     """The summary of a run of train.py, which is only started if it is not there yet."""
     if not (out / "summary.json").exists():
         import train
 
-        train.cli(["quickstart", *arguments, "--out", str(out), *(["--overwrite"] if out.exists() else [])])
+        train.cli([preset, *arguments, "--out", str(out), *(["--overwrite"] if out.exists() else [])])
     return json.loads((out / "summary.json").read_text())
 
 
@@ -154,8 +170,8 @@ def main(settings: Settings) -> None:
     for core in settings.cores:
         cores.put(core)
     pool = ProcessPoolExecutor(len(settings.cores), context, one_core, (cores,))
-    if settings.table == "quickstart":
-        return quickstart(settings, pool)
+    if settings.table != "recipes":
+        return presets(settings, pool)
     study = Study(settings, pool.submit)
     with ThreadPoolExecutor(len(settings.recipes)) as threads:
         found = dict(zip(settings.recipes, threads.map(study.recipe, settings.recipes), strict=True))
@@ -180,16 +196,17 @@ def main(settings: Settings) -> None:
             print(f"| {key[0]} | {key[1]:.0%} | {name} | {rate:g} | {row(runs[key])} |")
 
 
-def quickstart(settings: Settings, pool: ProcessPoolExecutor) -> None:
-    """The README's table: the quickstart as it is, and what it is compared with."""
+def presets(settings: Settings, pool: ProcessPoolExecutor) -> None:
+    """A preset as it is (the README's table is of the quickstart), and what it is compared with."""
+    preset, changes = PRESETS[settings.table]
     rows = {
         name: [
             pool.submit(
-                run, [*flags, "--seed", str(seed), "--samples", "0"], settings.out / f"quickstart-{number}-{seed}"
+                run, [*flags, "--seed", str(seed), "--samples", "0"], settings.out / f"{preset}-{number}-{seed}", preset
             )
             for seed in settings.seeds
         ]
-        for number, (name, flags) in enumerate(QUICKSTART.items())
+        for number, (name, flags) in enumerate(changes.items())
     }
     print(f"| | {' | '.join(MEASURES)} | seconds |")
     print("|---" * (2 + len(MEASURES)) + "|")

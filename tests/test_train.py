@@ -592,6 +592,49 @@ def test_a_byte_student_is_a_teacher(finished, alone, files, tmp_path, kind):
         assert start["agreement"] > 0.1 and loss > 0.1
 
 
+@pytest.fixture(scope="module")
+def narrow(files, tmp_path_factory) -> Path:
+    """A model of another width than the teacher's, with its tokenizer."""
+    out = tmp_path_factory.mktemp("models") / "narrow"
+    shape = dataclasses.replace(weights.read_config(files.untied / "config.json"), embed=16)
+    tokenizer = {name: content for name, content in contents(files.untied).items() if name.startswith("tokenizer")}
+    weights.save(out, jax.device_get(initialize(shape, jax.random.key(0))), "float32", files=tokenizer)
+    return out
+
+
+@pytest.mark.parametrize("compared", ("last", "all"))
+def test_a_narrower_student_compares_hidden_states_through_a_map(files, narrow, tmp_path, compared, capsys):
+    """The map is trained and saved with the run, and is no part of the student."""
+    changes = {"student": narrow, "teacher_length": 64, "losses__latents_layers": compared}
+    saved = {}
+    save = checkpoint.save
+
+    def keep(folder, step, items):
+        saved[step] = jax.device_get(items)
+        save(folder, step, items)
+
+    whole, stopped, divided = (tmp_path / name for name in ("whole", "stopped", "divided"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", keep)
+        run(files, whole, **changes, save_interval=1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "hidden states of width 16 are compared with the teacher's of width 24 through a map" in said
+    maps = [saved[step]["rest"]["maps"] for step in (1, 4)]
+    assert maps[0].shape == ({"last": 1, "all": 4}[compared], 16, 24)
+    assert np.isfinite(maps).all() and (np.abs(maps[0] - maps[1]).max(axis=(1, 2)) > 0).all()
+    assert exported(whole).keys() == load_file(narrow / "model.safetensors").keys()
+    with interrupted(after=3):
+        run(files, stopped, **changes)
+    run(files, stopped, **changes, resume=True)
+    assert lines(stopped) == [row for row in lines(whole)]
+    run(files, divided, **changes, mesh__fsdp=2, mesh__tp=2, accumulation=2)
+    for row, other in zip(lines(divided), lines(whole), strict=True):
+        np.testing.assert_allclose([*row.values()], [*other.values()], rtol=1e-3)
+    expected, found = exported(whole), exported(divided)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4, err_msg=name)
+
+
 def test_a_table_is_padded_past_its_vocabulary(files, tmp_path, monkeypatch):
     """261 ids, which two devices do not divide."""
     small.save(tmp_path / "tokenizer", small.byte_level(), small.GEMMA)
@@ -633,14 +676,12 @@ def test_settings_that_an_existing_student_excludes(finished, files, tmp_path, m
     )
     tokenizer = {name: content for name, content in contents(files.untied).items() if name.startswith("tokenizer")}
     weights.save(tmp_path / "narrow", jax.device_get(initialize(narrow, jax.random.key(0))), "float32", files=tokenizer)
-    found = refused(arguments(files, tmp_path / "run", student=tmp_path / "narrow"))
-    assert "latents compares hidden states, but embed is 16 in" in found and "--losses.latents 0" in found
     shallow = dataclasses.replace(narrow, embed=24)
     weights.save(
         tmp_path / "shallow", jax.device_get(initialize(shallow, jax.random.key(0))), "float32", files=tokenizer
     )
     changes = {"student": tmp_path / "shallow", "losses__latents_layers": "all"}
-    assert "but layers is 2 in" in refused(arguments(files, tmp_path / "run", **changes))
+    assert "but the student has 2 layers and" in refused(arguments(files, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 

@@ -35,7 +35,7 @@ class LossConfig:
     next_byte: float = 0.0
     """Weight of the cross-entropy of a byte student against the next byte that the teacher implies."""
     latents: float = 0.0
-    """Weight of the distance between hidden states at chunk ends."""
+    """Weight of the distance between hidden states at chunk ends; of models of different widths, through a learnt map."""
     balance: Literal["gradmag", "fixed"] = "gradmag"
     """gradmag: each loss's weight over the norm of its gradient in the last layer; fixed: the weights alone."""
     preserve_magnitude: bool = True

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from minalm.errors import InputError, check_at_least
 from minalm.evaluation.bits_per_byte import measure
 from minalm.evaluation.samples import continue_texts
+from minalm.models.mapped import bare
 from minalm.run import console
 from minalm.run.folder import RunFolder
 from minalm.run.setup import Texts
@@ -118,7 +119,7 @@ class Recorder:
             self.evaluations.write({"step": step, "seconds": seconds, "bits_per_byte": found, **others})
         if self.config.samples and step in (0, self.steps) and self.samples.at(step) is None:
             shown = continue_texts(
-                student, masks[0], texts.student, texts.held_out, self.config.samples, mesh, dtype, texts.seed
+                bare(student), masks[0], texts.student, texts.held_out, self.config.samples, mesh, dtype, texts.seed
             )
             rows = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in shown]
             self.samples.write({"step": step, "samples": rows})

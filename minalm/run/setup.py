@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
+import numpy as np
 import tyro
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from minalm.batches import Side, make_batch, why_left_out
 from minalm.distill.losses import LOSSES, LossConfig
@@ -18,6 +20,7 @@ from minalm.huggingface.configs import known_config
 from minalm.huggingface.folder import GenerationConfig, read_generation_config, write_start
 from minalm.huggingface.loaded import LoadedModel
 from minalm.models.config import ModelConfig
+from minalm.models.mapped import random_maps
 from minalm.models.student import pad_rows, student_from_teacher
 from minalm.models.transformer import Transformer, abstract, initialize
 from minalm.parallel.mesh import local_rows
@@ -112,6 +115,8 @@ class Models:
     trained: Transformer  # the student as bools: which parameters are trained
     generation_config: GenerationConfig
     prefixes: Prefixes | None = None  # of the teacher, if its next byte is asked for
+    # From the student's hidden states to the teacher's, if they are compared and the widths differ; trained, not exported.
+    maps: Float32[np.ndarray, "depth embed teacher_embed"] | None = None
 
     def write_student(self, folder: Path) -> None:
         """What of the student training does not change, as a folder."""
@@ -229,18 +234,23 @@ def with_prefixes(models: Models, losses: LossConfig) -> Models:
     return dataclasses.replace(models, prefixes=found)
 
 
-def check_hidden_states(losses: LossConfig, models: Models) -> None:
-    """Raises InputError unless the hidden states that a loss compares are of one shape."""
-    found = [name for name in losses.names if LOSSES[name].needs_states]
-    for name, compared in (("embed", losses.needs_states), ("layers", losses.compares_all_layers)):
-        if not compared:
-            continue
-        ours, theirs = (getattr(side.model.config, name) for side in (models.student, models.teacher))
-        if ours != theirs:
-            raise InputError(
-                f"{' and '.join(found)} compares hidden states, but {name} is {ours} in the student and {theirs} in the "
-                f"teacher: give {' '.join(f'--losses.{loss} 0' for loss in found)}"
-            )
+def with_maps(models: Models, losses: LossConfig, seed: int) -> Models:
+    """The models with maps of the student's hidden states, where a loss compares them and widths differ.
+
+    Raises InputError if the states of all layers are compared and the models have not as many.
+    """
+    if not losses.needs_states:
+        return models
+    ours, theirs = (side.model.config for side in (models.student, models.teacher))
+    if losses.compares_all_layers and ours.layers != theirs.layers:
+        raise InputError(
+            f"--losses.latents-layers all compares layer by layer, but the student has {ours.layers} layers and the "
+            f"teacher {theirs.layers}: compare the last one alone"
+        )
+    if ours.embed == theirs.embed:
+        return models
+    depth = ours.layers + 1 if losses.compares_all_layers else 1
+    return dataclasses.replace(models, maps=random_maps(depth, ours.embed, theirs.embed, seed))
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -334,17 +344,23 @@ def load_texts(
     read_chat = ChatReader(*vocabularies, config.mask_prompt, date)
     training = read_texts(config, config.data, "training", config.stdlib_fraction, read_chat)
     held_out = read_texts(config, config.held_out, "held_out", 1.0, read_chat)
-    missing = []
+    notes = []
+    if models.maps is not None:
+        _, ours, theirs = models.maps.shape
+        notes.append(
+            f"hidden states of width {ours} are compared with the teacher's of width {theirs} through a map that is learnt "
+            "too, and is no part of the student"
+        )
     if needs_bytes and models.prefixes.missing:
         words = ", ".join(map(repr, models.prefixes.missing))
-        missing = [
+        notes.append(
             f"next_byte leaves out the probability of the teacher's special tokens that the student lacks: {words}"
-        ]
+        )
     texts = Texts(
         config=config,
         training=training,
         held_out=held_out,
-        notes=[*(f"{count:,} chats {note}" for note, count in read_chat.notes.items()), *missing],
+        notes=[*(f"{count:,} chats {note}" for note, count in read_chat.notes.items()), *notes],
         student=Side(student.vocabulary, student.suffixes, config.student_length),
         teacher=teacher and Side(teacher.vocabulary, teacher.suffixes, config.teacher_length, models.prefixes),
         seed=seed,
