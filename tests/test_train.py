@@ -147,7 +147,7 @@ def begin(config: train.Config) -> RunFolder:
     models = load_models(config.student, config.data.student_length, config.seed)
     texts = load_texts(config.data, models, config.seed, mesh, DATE)
     settings = plain(config)
-    prints = fingerprints(config.student, texts)
+    prints = fingerprints(config.student, texts, config.losses)
     run, _ = open_run(config.run, [], settings, settings, prints, DATE, models.write_student)
     run.close()
     return run
