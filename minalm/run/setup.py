@@ -415,7 +415,10 @@ def unbiased_share(texts: Texts) -> list[str]:
         chunks, of_text = batch.chunks, batch.chunks.text_bytes > 0
         last = [
             np.take_along_axis(side.inputs, np.maximum(chunk_end, 0), axis=1)[of_text]
-            for side, chunk_end in ((batch.teacher, chunks.teacher_chunk_end), (batch.student, chunks.student_chunk_end))
+            for side, chunk_end in (
+                (batch.teacher, chunks.teacher_chunk_end),
+                (batch.student, chunks.student_chunk_end),
+            )
         ]
         ends, unbiased = ends + int(of_text.sum()), unbiased + int(chunks.unbiased[of_text].sum())
         unknown += int((texts.teacher.unbiased.pairs.find(*last) < 0).sum())

@@ -30,7 +30,7 @@ This is the definition of tokenkit, commit bcacdef (`compute_pair_bias` of scrip
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -69,9 +69,7 @@ class PairBias:
         """The two ids of each pair in one number, in ascending order."""
         return _keys(self.teacher, self.student)
 
-    def find(
-        self, teacher: Int32[np.ndarray, " end"], student: Int32[np.ndarray, " end"]
-    ) -> Int64[np.ndarray, " end"]:
+    def find(self, teacher: Int32[np.ndarray, " end"], student: Int32[np.ndarray, " end"]) -> Int64[np.ndarray, " end"]:
         """The number of each of these pairs; -1: unknown."""
         keys = _keys(teacher, student)
         place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
@@ -252,26 +250,26 @@ def read_pair_bias(path: Path, student: Vocabulary, teacher: Vocabulary) -> Pair
                 if metadata.get(side) != _fingerprint(vocabulary):
                     raise InputError(f"{path} is of another {side}'s tokenizer than {vocabulary.name}: {again}")
             found = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-            pairs = PairBias(**{name: file.get_tensor(name) for name in DTYPES}) if found == DTYPES else None
+            columns = {name: file.get_tensor(name) for name in DTYPES} if found == DTYPES else None
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: {again}") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors ({error}): {again}") from error
-    if pairs is None or not _is_sound(pairs, student.size, teacher.size):
+    if columns is None or not _are_sound(columns, student.size, teacher.size):
         raise InputError(f"{path} does not hold the values of pairs of tokens: {again}")
-    return pairs
+    return PairBias(**columns)
 
 
-def _is_sound(pairs: PairBias, student_size: int, teacher_size: int) -> bool:
-    columns = [getattr(pairs, name) for name in DTYPES]
-    if any(column.ndim != 1 or len(column) != len(columns[0]) or not len(column) for column in columns):
+def _are_sound(columns: Mapping[str, np.ndarray], student_size: int, teacher_size: int) -> bool:
+    """Whether these columns, which have the right types, can be those of a PairBias."""
+    teacher, student, *biases, count = (columns[name] for name in DTYPES)
+    if teacher.ndim != 1 or not teacher.size or any(column.shape != teacher.shape for column in columns.values()):
         return False
-    ids = ((pairs.teacher, teacher_size), (pairs.student, student_size))
     return bool(
-        all(((0 <= column) & (column < size)).all() for column, size in ids)
-        and (np.diff(pairs.keys) > 0).all()
-        and all(((0.0 <= bias) & (bias < np.inf)).all() for bias in (pairs.teacher_bias, pairs.student_bias))
-        and (pairs.count > 0).all()
+        all(((0 <= ids) & (ids < size)).all() for ids, size in ((teacher, teacher_size), (student, student_size)))
+        and (np.diff(_keys(teacher, student)) > 0).all()
+        and all(((0.0 <= bias) & (bias < np.inf)).all() for bias in biases)
+        and (count > 0).all()
     )
 
 
