@@ -554,9 +554,13 @@ def test_shapes_are_those_of_a_run(monkeypatch):
 
 
 def test_unbiased_chunks_are_compiled_without_their_file(monkeypatch):
+    traced = []
+    monkeypatch.setattr(estimate, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(estimate, "estimate", lambda step, arguments, *others: traced.append(step.trace(*arguments)))
     monkeypatch.setattr(console, "show_estimate", lambda found: None)
     losses = ["--losses.next-byte", "0", "--losses.alm", "1", "--losses.chunks", "unbiased"]
-    train.cli(["quickstart", *SMALL, "--mesh.fsdp", "1", "--compile-only", "cpu:1", *losses])
+    train.cli(["quickstart", *SMALL, "--mesh.fsdp", "8", "--compile-only", "v4:2x2x2", *losses])
+    assert len(traced) == 1
 
 
 def bytes_on_a_device(model, devices: int) -> float:
