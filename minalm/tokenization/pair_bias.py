@@ -143,8 +143,7 @@ def count_pairs(pieces: Iterable[Piece], student: Vocabulary, teacher: Vocabular
 def pair_bias(counts: PairCounts, student: Vocabulary, teacher: Vocabulary) -> PairBias:
     """The two values of each pair that was counted."""
     theirs, ours = (counts.keys >> 32).astype(np.int32), (counts.keys & 0xFFFFFFFF).astype(np.int32)
-    blank = np.array(list(map(_is_blank, teacher.token_bytes)))[theirs]
-    blank |= np.array(list(map(_is_blank, student.token_bytes)))[ours]
+    blank = _are_blank(teacher, theirs) | _are_blank(student, ours)
     sides = _Entries(teacher, counts.teacher_tokens), _Entries(student, counts.student_tokens)
     teacher_bias, student_bias = np.ones(len(blank)), np.ones(len(blank))
     teacher_bias[~blank] = _excess(*sides, theirs[~blank], ours[~blank])
@@ -152,8 +151,9 @@ def pair_bias(counts: PairCounts, student: Vocabulary, teacher: Vocabulary) -> P
     return PairBias(theirs, ours, teacher_bias, student_bias, counts.count)
 
 
-def _is_blank(token: bytes) -> bool:
-    return not token.decode(errors="replace").strip()
+def _are_blank(vocabulary: Vocabulary, ids: Int32[np.ndarray, " pair"]) -> Bool[np.ndarray, " pair"]:
+    """Which of these tokens are nothing but white space."""
+    return np.array([not vocabulary.decode([i]).strip() for i in ids.tolist()], bool)
 
 
 def _excess(
