@@ -24,8 +24,8 @@ This is the definition of tokenkit, commit bcacdef (`compute_pair_bias` of scrip
   changes a value by at most 1e-9 times the number of entries.
 * tokenkit leaves out what is no UTF-8. Here byte-level tokenizers are read in bytes, so a token that ends within a
   character has its true value.
-* Where matrices are missing, tokenkit can go on with a mask of NaN, which as bool lets every chunk end. Here a missing
-  file, or one of other tokenizers, is refused.
+* Where its files are missing, tokenkit makes alignments of NaN, which as bool are all true, and refuses only a loss that
+  has "unbiased" in its name. Here a missing file, or one of other tokenizers, is refused.
 """
 
 import hashlib
