@@ -52,6 +52,7 @@ from minalm.tokenization.vocabulary import Vocabulary
 FORMAT = "minalm pair bias 1"
 DTYPES = {"teacher": "I32", "student": "I32", "teacher_bias": "F64", "student_bias": "F64", "count": "I64"}
 PIECES = 256  # that are read at a time
+TOKENS = 64  # whose continuations are encoded at a time: one call for each would wait for threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,12 +162,15 @@ def _excess(
 ) -> Float64[np.ndarray, " pair"]:
     """For each pair the weight of what the first token covers and the second does not."""
     values = np.zeros(len(own_ids))
-    order = np.argsort(own_ids, kind="stable")
-    for pairs in np.split(order, np.flatnonzero(np.diff(own_ids[order])) + 1) if len(order) else ():
-        continuations, weights = own.covered_by(own.vocabulary.token_bytes[own_ids[pairs[0]]])
-        for pair in pairs:
-            covers = other.covers(other.vocabulary.token_bytes[other_ids[pair]], continuations)
-            values[pair] = weights[~covers].sum()
+    distinct, index = np.unique(own_ids, return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    for first in range(0, len(distinct), TOKENS):
+        covered = own.covered_by([own.vocabulary.token_bytes[i] for i in distinct[first : first + TOKENS]])
+        pairs = order[slice(*np.searchsorted(index[order], (first, first + TOKENS)))]
+        found = [covered[n] for n in index[pairs] - first]
+        others = [other.vocabulary.token_bytes[i] for i in other_ids[pairs]]
+        both = other.covers(others, [continuations for continuations, _ in found])
+        values[pairs] = [weights[~too].sum() for (_, weights), too in zip(found, both, strict=True)]
     return values
 
 
@@ -181,26 +185,43 @@ class _Entries:
         read = sorted((vocabulary.token_bytes[i], i) for i in np.flatnonzero(counts).tolist())
         self.tokens, self.ids = [token for token, _ in read], [i for _, i in read]
 
-    def covered_by(self, token: bytes) -> tuple[list[bytes], Float64[np.ndarray, " continuation"]]:
-        """(the continuations that a token covers, their weights), without those that weigh nothing."""
-        texts, continuations, last = [], [], []
-        for start in range(len(token)):
-            rest = token[start:]
-            stop = bisect_right(self.tokens, rest + b"\xff" * self.longest)
-            for n in range(bisect_left(self.tokens, rest), stop):
-                if len(self.tokens[n]) > len(rest):
-                    texts.append(token[:start] + self.tokens[n])
-                    continuations.append(self.tokens[n][len(rest) :])
-                    last.append(self.ids[n])
-        found = np.flatnonzero(self._last(texts) == np.array(last, np.int64))
-        return [continuations[n] for n in found], self.share[[last[n] for n in found]]
+    def covered_by(self, tokens: Sequence[bytes]) -> list[tuple[list[bytes], Float64[np.ndarray, " continuation"]]]:
+        """For each token (the continuations that it covers, their weights), without those that weigh nothing."""
+        texts, last, continuations, sizes = [], [], [], []
+        for token in tokens:
+            before = len(texts)
+            for start in range(len(token)):
+                rest = token[start:]
+                stop = bisect_right(self.tokens, rest + b"\xff" * self.longest)
+                for n in range(bisect_left(self.tokens, rest), stop):
+                    if len(self.tokens[n]) > len(rest):
+                        texts.append(token[:start] + self.tokens[n])
+                        last.append(self.ids[n])
+                        continuations.append(self.tokens[n][len(rest) :])
+            sizes.append(len(texts) - before)
+        last = np.array(last, np.int64)
+        right = self._last(texts) == last
+        covered, stop = [], 0
+        for size in sizes:
+            found = stop + np.flatnonzero(right[stop : stop + size])
+            covered.append(([continuations[n] for n in found], self.share[last[found]]))
+            stop += size
+        return covered
 
-    def covers(self, token: bytes, continuations: Sequence[bytes]) -> Bool[np.ndarray, " continuation"]:
-        """Whether a token covers each of these continuations."""
-        covered = np.zeros(len(continuations), bool)
-        maybe = [n for n, continuation in enumerate(continuations) if self._has_entry(token, continuation)]
-        for n, i in zip(maybe, self._last([token + continuations[n] for n in maybe]).tolist(), strict=True):
-            covered[n] = i >= 0 and len(self.vocabulary.token_bytes[i]) > len(continuations[n])
+    def covers(
+        self, tokens: Sequence[bytes], continuations: Sequence[Sequence[bytes]]
+    ) -> list[Bool[np.ndarray, " continuation"]]:
+        """For each token whether it covers its continuations."""
+        covered = [np.zeros(len(each), bool) for each in continuations]
+        maybe = [
+            (row, n)
+            for row, (token, each) in enumerate(zip(tokens, continuations, strict=True))
+            for n, continuation in enumerate(each)
+            if self._has_entry(token, continuation)
+        ]
+        last = self._last([tokens[row] + continuations[row][n] for row, n in maybe])
+        for (row, n), i in zip(maybe, last.tolist(), strict=True):
+            covered[row][n] = i >= 0 and len(self.vocabulary.token_bytes[i]) > len(continuations[row][n])
         return covered
 
     def _has_entry(self, token: bytes, continuation: bytes) -> bool:
