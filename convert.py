@@ -4,6 +4,7 @@
     python convert.py tokenizer Llama-3.2-3B-Instruct qwen/tokenizer.json llama-qwen
     python convert.py export runs/smollm2-135m-byte smollm2-bytes --step 160
     python convert.py inspect smollm2-bytes
+    python convert.py pair-bias SmolLM2-135M-Instruct pairs.safetensors --data texts/
 
 A model is a Hugging Face folder (config.json, *.safetensors, tokenizer.json),
   or the name of one on the Hugging Face hub: org/name.
@@ -12,16 +13,20 @@ A model is a Hugging Face folder (config.json, *.safetensors, tokenizer.json),
   on it. train.py makes such a start by itself; use them to look at one.
 * export: what train.py has trained, as a folder that transformers loads.
 * inspect: sizes and vocabulary of a model, progress of a run.
+* pair-bias: what train.py reads for --losses.chunks unbiased.
 
 `python convert.py VERB --help` explains a verb.
 """
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from tyro.conf import Positional, arg
 
+from minalm.distill.losses import LossConfig
 from minalm.errors import InputError
 from minalm.huggingface.folder import copy, read_generation_config, save
 from minalm.huggingface.loaded import LoadedModel
@@ -33,7 +38,9 @@ from minalm.parallel.distributed import exit_on_input_error
 from minalm.run import checkpoint
 from minalm.run.export import export as export_run
 from minalm.run.folder import RunFolder, is_run
-from minalm.run.setup import StudentConfig, new_vocabulary
+from minalm.run.setup import DataConfig, StudentConfig, new_vocabulary, read_texts
+from minalm.tokenization.chats import ChatReader
+from minalm.tokenization.pair_bias import count_pairs, pair_bias, write_pair_bias
 from minalm.tokenization.transfer import plan_transfer
 
 # Arguments as the help names them. In a docstring, tyro joins the lines that begin with a letter.
@@ -41,6 +48,7 @@ Model = Positional[Annotated[Path, arg(metavar="MODEL", help="a Hugging Face fol
 Source = Positional[Annotated[Path, arg(metavar="SOURCE", help="a run (--out of train.py), or a model.")]]
 Tokenizer = Positional[Annotated[Path, arg(metavar="TOKENIZER", help="a tokenizer.json, or a folder that holds one.")]]
 Out = Positional[Annotated[Path, arg(metavar="OUT", help="the folder to write; it must not exist.")]]
+Pairs = Positional[Annotated[Path, arg(metavar="OUT", help="the file to write; it must not exist.")]]
 Dtype = Annotated[Literal["bfloat16", "float32"], arg(help="type of the stored weights.")]
 Seed = Annotated[int, arg(help="for the random rows of tokens that share nothing with the old vocabulary (rare).")]
 Step = Annotated[int | None, arg(metavar="STEP", help_behavior_hint="(default: the newest)")]
@@ -134,6 +142,60 @@ def inspect(source: Source) -> None:
         print_line("expansion", f"{len(suffixes.keys) - 1 + len(suffixes.special):,} original tokens")
 
 
+def pairs_of_tokens(
+    teacher: Model,
+    out: Pairs,
+    data: Annotated[tuple[Path, ...], arg(metavar="PATHS")] = (),
+    stdlib: bool = False,
+    stdlib_fraction: float = 1.0,
+    student: Annotated[Path | None, arg(metavar="MODEL")] = None,
+    student_tokenizer: Annotated[Literal["bytes"] | Path, arg(metavar="TOKENIZER")] = "bytes",
+    special_tokens: Annotated[Literal["keep", "change"], arg(aliases=["--control"])] = "keep",
+    piece_bytes: int = 2048,
+    pieces: int = 100_000,
+) -> None:
+    """Writes what the ends of a teacher's and a student's tokens exclude, by counts in text.
+
+    train.py reads it with --losses.chunks unbiased --losses.pair-bias OUT.
+
+    Args:
+        data: .txt and .jsonl files, or folders of them: the training text, or text like it.
+        stdlib: where --data names no files, the training split of Python's standard library.
+        stdlib_fraction: share of the standard library's documents.
+        student: a model that brings its own tokenizer.
+        student_tokenizer: what a new student reads: bytes, or a tokenizer.json (or its folder).
+        special_tokens: of a student with a tokenizer: keep the teacher's, or change to the tokenizer's.
+        piece_bytes: documents are cut into pieces of at most this many bytes.
+        pieces: the most pieces that are read; of more, so many are chosen at random.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already: name another file or remove it")
+    if pieces < 1:
+        raise InputError(f"--pieces is {pieces}: it must be a number of at least 1")
+    config = StudentConfig(
+        teacher=teacher, student=student, student_tokenizer=student_tokenizer, special_tokens=special_tokens
+    )
+    config.check(LossConfig())
+    texts = DataConfig(data=data, stdlib=stdlib, stdlib_fraction=stdlib_fraction, piece_bytes=piece_bytes)
+    texts.check(needs_text=True)
+    loaded = LoadedModel.read(teacher)
+    theirs = loaded.vocabulary
+    ours = LoadedModel.read(student).vocabulary if student is not None else new_vocabulary(config, loaded)[0]
+    read_chat = ChatReader(ours, theirs, mask_prompt=False, date=datetime.now(UTC).date().isoformat())
+    corpus = read_texts(texts, data, "training", stdlib_fraction, read_chat)
+    chosen = np.sort(corpus.order(0, 0, min(pieces, len(corpus)))).tolist()
+    counts = count_pairs(map(corpus.piece, chosen), ours, theirs)
+    pairs = pair_bias(counts, ours, theirs)
+    write_pair_bias(out, pairs, ours, theirs)
+    tokens = f"{counts.teacher_tokens.sum():,} tokens of the teacher, {counts.student_tokens.sum():,} of the student"
+    print_line("text", f"{counts.pieces:,} pieces, {counts.left_out:,} left out; {tokens}")
+    print_line("pairs", f"{len(pairs.count):,}, at {pairs.count.sum():,} places where both end")
+    for threshold in (1e-1, 1e-2, 1e-3, 1e-4):
+        share = pairs.count[pairs.unbiased(threshold)].sum() / pairs.count.sum()
+        print_line(f"threshold {threshold:g}", f"{share:.1%} of the places may end a chunk")
+    print(f"written to  {out}")
+
+
 def print_line(name: str, value: object) -> None:
     print(f"{name:<22}{value}")
 
@@ -150,6 +212,7 @@ def refuse_existing(out: Path) -> None:
 
 def main() -> None:
     verbs = {"bytes": to_bytes, "tokenizer": to_tokenizer, "export": export, "inspect": inspect}
+    verbs["pair-bias"] = pairs_of_tokens
     with exit_on_input_error():
         tyro.extras.subcommand_cli_from_dict(verbs, prog="convert.py", description=__doc__)
 

@@ -84,7 +84,7 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError for settings that make no sense or do not go together."""
-        self.losses.check()
+        self.losses.check(needs_files=self.compile_only is None)
         self.optimizer.check()
         self.data.check(needs_text=self.compile_only is None)
         self.compute.check(self.data.batch_size)
@@ -215,15 +215,15 @@ def main(config: Config) -> None:
     config.run.use_compilation_cache()
     if config.compile_only is not None:
         return console.show_estimate(estimated(config))
-    inputs, date = [*config.student.inputs, *config.data.inputs], run_date(config.run)
+    inputs = [*config.student.inputs, *config.data.inputs, *config.losses.inputs]
+    date = run_date(config.run)
     with barrier():
         config.check()
         if is_first():
             check_out(config.run, inputs)
         mesh = run_mesh(config.mesh, config.data.batch_size, config.compute.accumulation)
         models = setup.load_models(config.student, config.data.student_length, config.seed)
-        models = setup.with_prefixes(models, config.losses)
-        models = setup.with_maps(models, config.losses, config.seed)
+        models = setup.for_losses(models, config.losses, config.seed)
         texts = setup.load_texts(config.data, models, config.seed, mesh, date, config.losses.needs_bytes)
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide
@@ -232,7 +232,7 @@ def main(config: Config) -> None:
     run, changes = RunFolder(config.run.out), []
     with barrier():
         if is_first():
-            prints = setup.fingerprints(config.student, texts)
+            prints = setup.fingerprints(config.student, texts, config.losses)
             run, changes = open_run(config.run, inputs, settings, defaults, prints, date, models.write_student)
     with contextlib.closing(run):
         console.show_run(settings, models, mesh, [*changes, *texts.notes], texts, quiet=not is_first())
@@ -298,11 +298,11 @@ def estimated(config: Config) -> estimate.Estimate:
     data, optimizer = config.data, make_optimizer(config.optimizer)
     topology = estimate.parse_topology(config.compile_only)
     mesh = run_mesh(config.mesh, data.batch_size, config.compute.accumulation, estimate.topology_devices(topology))
-    models = setup.with_prefixes(setup.model_shapes(config.student, data.student_length, config.seed), config.losses)
-    models = setup.with_maps(models, config.losses, config.seed)
+    models = setup.model_shapes(config.student, data.student_length, config.seed)
+    models = setup.for_losses(models, config.losses, config.seed)
     state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype, shard_shapes)
     update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)
-    arguments = state, frozen, estimate.batch_shapes(data, models, mesh)
+    arguments = state, frozen, estimate.batch_shapes(data, models, mesh, config.losses.chunks == "unbiased")
     own = estimate.run_flops(data, models, config.losses)
     return estimate.estimate(update, arguments, topology, mesh, own, config.optimizer.steps)
 

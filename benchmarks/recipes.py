@@ -35,7 +35,13 @@ RECIPES = {  # name -> weights of the losses that are on, and further flags
     "next byte + latents": ({"next_byte": 1, "latents": 1}, []),
     "next byte + sft, fixed weights": ({"next_byte": 1, "sft": 1}, ["--losses.balance", "fixed"]),
     "alm + sft, fixed weights": ({"alm": 1, "sft": 1}, ["--losses.balance", "fixed"]),
+    "alm + sft, unbiased": ({"alm": 1, "sft": 1}, ["--losses.chunks", "unbiased"]),
+    "alm + sft, unbiased 0.1": (
+        {"alm": 1, "sft": 1},
+        ["--losses.chunks", "unbiased", "--losses.pair-bias-threshold", "0.1"],
+    ),
 }
+PAIRS = "pair-bias.safetensors"  # in --out
 MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
 SFT, ALM = ([*"--losses.next-byte 0 --losses.sft 1 --losses.alm".split(), weight] for weight in "01")
 PRESETS = {  # name of a table -> (preset, rows: what is changed)
@@ -92,6 +98,15 @@ def run(arguments: list[str], out: Path, preset: str = "quickstart") -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
+def write_pairs(file: Path) -> None:
+    """What unbiased chunks need, once: from all of the training text, whatever share a student sees of it."""
+    if not file.exists():
+        import convert
+        from minalm.presets import TEACHER
+
+        convert.pairs_of_tokens(TEACHER, file, stdlib=True, piece_bytes=384)
+
+
 def one_core(cores) -> None:
     """Gives this process a core of its own, and leaves its output to the run's files."""
     os.sched_setaffinity(0, {cores.get()})
@@ -122,10 +137,11 @@ class Study:
 
     def arguments(self, recipe: str, steps: int, fraction: float, rate: float, seed: int, choosing: bool) -> list[str]:
         weights, flags = RECIPES[recipe]
+        pairs = ["--losses.pair-bias", str(self.settings.out / PAIRS)] if "unbiased" in flags else []
         losses = ("sft", "alm", "next_byte", "latents")
         return [
             *(word for loss in losses for word in (f"--losses.{loss.replace('_', '-')}", str(weights.get(loss, 0)))),
-            *flags,
+            *(*flags, *pairs),
             *("--steps", str(steps), "--stdlib-fraction", str(fraction), "--learning-rate", str(rate)),
             *("--seed", str(seed), "--evaluation-rows", str(self.settings.rows)),
             *("--evaluation-skip", str(self.settings.rows if choosing else 0)),
@@ -172,6 +188,8 @@ def main(settings: Settings) -> None:
     pool = ProcessPoolExecutor(len(settings.cores), context, one_core, (cores,))
     if settings.table != "recipes":
         return presets(settings, pool)
+    if any("unbiased" in RECIPES[name][1] for name in settings.recipes):
+        write_pairs(settings.out / PAIRS)
     study = Study(settings, pool.submit)
     with ThreadPoolExecutor(len(settings.recipes)) as threads:
         found = dict(zip(settings.recipes, threads.map(study.recipe, settings.recipes), strict=True))

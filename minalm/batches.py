@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from minalm.text.documents import Piece
-from minalm.tokenization.align import align
+from minalm.tokenization.align import align, normalized, read_both
+from minalm.tokenization.pair_bias import UnbiasedEnds
 from minalm.tokenization.prefixes import Prefixes, byte_places
 from minalm.tokenization.suffixes import LongestSuffix
 from minalm.tokenization.vocabulary import Encoding, Vocabulary
@@ -27,6 +28,7 @@ class Side(NamedTuple):
     suffixes: LongestSuffix | None  # only for a model with an input expansion
     length: int  # tokens in a row
     prefixes: Prefixes | None = None  # only of a teacher whose next byte is asked for
+    unbiased: UnbiasedEnds | None = None  # only of a teacher whose chunks are `unbiased`
 
 
 def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Batch:
@@ -38,23 +40,19 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
     log-probability, and so neither has a chunk that contains it on either side: the chunk keeps its place in
     `student_chunk_end` and `teacher_chunk_end`, but no target belongs to it.
     """
-    pieces = _all_normalized(pieces, student, teacher)
-    ours = student.vocabulary.encode(pieces)
-    theirs = ours if teacher is None else teacher.vocabulary.encode(pieces, "teacher")
-    usable = [our.round_trips and their.round_trips for our, their in zip(ours, theirs)]
-    ours, theirs = ([row if use else row.cut(0) for row, use in zip(rows, usable)] for rows in (ours, theirs))
+    pieces, ours, theirs, usable = read_both(pieces, student.vocabulary, teacher and teacher.vocabulary)
     return Batch(
         student=_tokens(ours, student),
         teacher=None if teacher is None else _tokens(theirs, teacher),
         chunks=_chunks(ours, theirs, student, teacher or student),
         bytes=_byte_places(pieces, ours, theirs, student, teacher),
-        left_out=~np.array(usable, bool),
+        left_out=~usable,
     )
 
 
 def why_left_out(piece: Piece, student: Side, teacher: Side | None) -> str:
     """Where the first of the two tokenizers that do not spell a piece exactly goes wrong; "" if both spell it."""
-    (piece,) = _all_normalized([piece], student, teacher)
+    (piece,) = normalized([piece], student.vocabulary, teacher and teacher.vocabulary)
     for side, name in ((student, "student"), (teacher, "teacher")):
         if side is not None and (found := side.vocabulary.misspelled(piece, name)) is not None:
             place = len(commonprefix(found))
@@ -80,21 +78,6 @@ def read_ahead(make: Callable[[int], T], start: int, ahead: int = 2) -> Generato
         pool.shutdown(cancel_futures=True)
 
 
-def _all_normalized(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Sequence[Piece]:
-    """Pieces whose texts are normalized as both sides do."""
-    for side in (teacher, student):
-        if side is not None and side.vocabulary.normalizer is not None:
-            pieces = [_normalized(piece, side.vocabulary) for piece in pieces]
-    return pieces
-
-
-def _normalized(piece: Piece, vocabulary: Vocabulary) -> Piece:
-    return tuple(
-        segment._replace(content=vocabulary.normalize(segment.content)) if isinstance(segment.content, str) else segment
-        for segment in piece
-    )
-
-
 def _tokens(rows: Sequence[Encoding], side: Side) -> Tokens:
     pad, length = side.vocabulary.pad_id, side.length
     inputs = np.full((len(rows), length), pad, np.int32)
@@ -117,6 +100,7 @@ def _chunks(ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side,
         teacher_chunk_end=np.full((rows, capacity), -1, np.int32),
         before_space=np.zeros((rows, capacity), bool),
         text_bytes=np.zeros((rows, capacity), np.int32),
+        unbiased=None if teacher.unbiased is None else np.zeros((rows, capacity), bool),
     )
     for row, (our, their) in enumerate(zip(ours, theirs)):
         aligned = align(our.cut(student.length), their.cut(teacher.length))
@@ -124,12 +108,14 @@ def _chunks(ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side,
         chunks.student_chunk_end[row, :used] = aligned.student_chunk_end
         chunks.teacher_chunk_end[row, :used] = aligned.teacher_chunk_end
 
-        chunk = aligned.student_chunk
-        text_bytes = np.bincount(chunk[chunk >= 0], our.text_bytes[: len(chunk)][chunk >= 0], used)
+        text_bytes = aligned.text_bytes(our)
         follows = _space_follows(our, student.vocabulary, aligned.student_chunk_end)
         follows &= _space_follows(their, teacher.vocabulary, aligned.teacher_chunk_end)
         chunks.text_bytes[row, :used] = text_bytes
         chunks.before_space[row, :used] = follows | (text_bytes == 0)
+        if teacher.unbiased is not None:
+            last = their.ids[aligned.teacher_chunk_end], our.ids[aligned.student_chunk_end]
+            chunks.unbiased[row, :used] = teacher.unbiased(*last) | (text_bytes == 0)
 
         first_in_chunk = 0 in (*aligned.student_chunk[:1], *aligned.teacher_chunk[:1])  # it can only be in chunk 0
         for targets, chunk in (

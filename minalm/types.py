@@ -35,6 +35,8 @@ class AlignedChunks(eqx.Module):
     # A chunk of the `space` chunking may end here: a special part, or on both sides the next token starts with a space.
     before_space: Bool[Array | ndarray, "batch chunk"]
     text_bytes: Int[Array | ndarray, "batch chunk"]  # UTF-8 bytes of text in the chunk; 0: a special part, or unused
+    # A chunk of the `unbiased` chunking may end here: a special part, or no tokenization bias (tokenization/pair_bias.py).
+    unbiased: Bool[Array | ndarray, "batch chunk"] | None = None  # None: not asked for
 
 
 class BytePlaces(eqx.Module):

@@ -29,6 +29,7 @@ from minalm.models.head import PrefixTree, VocabularyMask
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard_map, shard_shapes, specs
 from minalm.run import console, estimate, setup
 from minalm.run.setup import load_models, model_shapes
+from minalm.tokenization.pair_bias import PairBias, UnbiasedEnds
 
 WINDOWED = ModelConfig(
     vocab_size=60, embed=40, mlp=36, layers=3, heads=8, kv_heads=4, head_dim=6, windows=(3, None, 3), tied=False
@@ -542,11 +543,24 @@ def test_shapes_are_those_of_a_run(monkeypatch):
         batches.Side(model.vocabulary, model.suffixes, length)
         for model, length in ((models.student, data.student_length), (models.teacher, data.teacher_length))
     ]
-    for teacher, loaded in ((sides[1], models), (None, dataclasses.replace(models, teacher=None))):
+    nothing = np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1), np.zeros(1), np.ones(1, np.int64)
+    unbiased = sides[1]._replace(unbiased=UnbiasedEnds(PairBias(*nothing), 0.0))
+    without = dataclasses.replace(models, teacher=None)
+    for teacher, loaded in ((sides[1], models), (unbiased, models), (None, without)):
         batch = batches.make_batch([()] * 8, sides[0], teacher)
-        shapes = estimate.batch_shapes(data, loaded, mesh)
+        shapes = estimate.batch_shapes(data, loaded, mesh, teacher is unbiased)
         described = [jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype)), tree) for tree in (batch, shapes)]
         assert described[0] == described[1]
+
+
+def test_unbiased_chunks_are_compiled_without_their_file(monkeypatch):
+    traced = []
+    monkeypatch.setattr(estimate, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(estimate, "estimate", lambda step, arguments, *others: traced.append(step.trace(*arguments)))
+    monkeypatch.setattr(console, "show_estimate", lambda found: None)
+    losses = ["--losses.next-byte", "0", "--losses.alm", "1", "--losses.chunks", "unbiased"]
+    train.cli(["quickstart", *SMALL, "--mesh.fsdp", "8", "--compile-only", "v4:2x2x2", *losses])
+    assert len(traced) == 1
 
 
 def bytes_on_a_device(model, devices: int) -> float:

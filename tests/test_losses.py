@@ -90,6 +90,7 @@ def plain_groups(row, student, teacher, chunks, config):
         may_end = {
             "unconstrained": True,
             "space": bool(chunks.before_space[row, chunk]),
+            "unbiased": bool(chunks.unbiased[row, chunk]),
             "merged": mass > config.gamma,
         }
         if may_end[config.chunks]:
@@ -133,6 +134,7 @@ def structures(draw) -> AlignedChunks:
         teacher_chunk_end=np.full((BATCH, CHUNKS), -1, np.int32),
         before_space=np.zeros((BATCH, CHUNKS), bool),
         text_bytes=np.zeros((BATCH, CHUNKS), np.int32),
+        unbiased=np.zeros((BATCH, CHUNKS), bool),
     )
     for row in range(BATCH):
         ours = theirs = 0  # the next token of each side
@@ -148,7 +150,7 @@ def structures(draw) -> AlignedChunks:
                 chunks.teacher_chunk[row, theirs - 1 : their_end - 1] = chunk
             ours, theirs = our_end, their_end
             chunks.student_chunk_end[row, chunk], chunks.teacher_chunk_end[row, chunk] = ours - 1, theirs - 1
-            chunks.before_space[row, chunk] = draw(st.booleans())
+            chunks.before_space[row, chunk], chunks.unbiased[row, chunk] = draw(st.booleans()), draw(st.booleans())
             chunks.text_bytes[row, chunk] = draw(st.integers(0, 3))
     return chunks
 
@@ -173,6 +175,8 @@ CONFIGS = (
     LossConfig(gamma=1.0),
     LossConfig(chunks="space"),
     LossConfig(chunks="space", tau=1.0, debias=False),
+    LossConfig(chunks="unbiased"),
+    LossConfig(chunks="unbiased", tau=5.0, debias=False),
     LossConfig(chunks="unconstrained"),
     LossConfig(chunks="unconstrained", debias=False, divergence="abs"),
     *(LossConfig(divergence=name, tau=3.0) for name in DIVERGENCES),

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import small_tokenizers as small
 import yaml
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import pre_tokenizers
 
@@ -147,7 +148,7 @@ def begin(config: train.Config) -> RunFolder:
     models = load_models(config.student, config.data.student_length, config.seed)
     texts = load_texts(config.data, models, config.seed, mesh, DATE)
     settings = plain(config)
-    prints = fingerprints(config.student, texts)
+    prints = fingerprints(config.student, texts, config.losses)
     run, _ = open_run(config.run, [], settings, settings, prints, DATE, models.write_student)
     run.close()
     return run
@@ -758,6 +759,63 @@ def test_pretraining_without_a_teacher(files, tmp_path, monkeypatch):
     assert summary["bits_per_byte"]["teacher"] is None
     assert summary["bits_per_byte"]["student_end"] < summary["bits_per_byte"]["student_start"]
     assert weights.load(tmp_path / "run" / "hf", np.float32).config == tiny
+
+
+@pytest.mark.parametrize("student", ("bytes", "subwords"))
+def test_unbiased_chunks(files, tmp_path, monkeypatch, capsys, student):
+    """From text to values to a run; then other values are found out, and few of them end fewer chunks."""
+    other = {} if student == "bytes" else {"student_tokenizer": files.tokenizer}
+    words = [word for name, value in other.items() for word in ("--" + name.replace("_", "-"), value)]
+    pairs = tmp_path / "pairs.safetensors"
+    convert_run(monkeypatch, "pair-bias", files.untied, pairs, "--data", files.data, *words)
+    printed = capsys.readouterr().out
+    assert "20 pieces, 0 left out" in printed and re.search(r"threshold 0.01 +[1-9][0-9.]+% of the places", printed)
+    assert "exists already" in refused_by_convert(monkeypatch, "pair-bias", files.untied, pairs, "--data", files.data)
+    found = refused_by_convert(
+        monkeypatch, "pair-bias", files.untied, tmp_path / "x", "--data", files.data, "--pieces=0"
+    )
+    assert "--pieces is 0" in found
+    assert "no text to train on" in refused_by_convert(monkeypatch, "pair-bias", files.untied, tmp_path / "x")
+
+    chosen = {**other, "losses__chunks": "unbiased", "losses__pair_bias": pairs}
+    run(files, tmp_path / "run", **chosen, losses__pair_bias_threshold=0.01)
+    printed = " ".join(capsys.readouterr().out.split())
+    note = re.search(r"([0-9.]+)% of the first [0-9,]+ places .* end a chunk; 0.0% are of pairs", printed)
+    assert 5.0 < float(note[1]) < 95.0
+    losses = [row["loss/alm"] for row in lines(tmp_path / "run")]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    if student == "subwords":
+        return
+
+    values = load_file(pairs)
+    with safe_open(pairs, "np") as file:
+        metadata = file.metadata()
+    save_file({**values, "teacher_bias": values["teacher_bias"] / 2}, pairs, metadata)
+    resumed = arguments(files, tmp_path / "run", **chosen, losses__pair_bias_threshold=0.01, resume=True)
+    assert "the file of --losses.pair-bias is not what the run in" in refused(resumed)
+    few = {name: column[:1] for name, column in values.items()}
+    save_file(few, pairs, metadata)
+    run(files, tmp_path / "few", **chosen, steps=1)
+    assert lines(tmp_path / "few")[0]["loss/alm"] != losses[0]
+    assert re.search(r"[0-9]{2}\.[0-9]% are of pairs that --losses.pair-bias does not know", capsys.readouterr().out)
+
+
+def test_bad_settings_of_unbiased_chunks(files, tmp_path):
+    pairs = tmp_path / "pairs"
+    pairs.write_bytes(b"these are no values")
+    unbiased = {"losses__chunks": "unbiased"}
+    for changes, sentence in (
+        (unbiased, "make them with `python convert.py pair-bias` and name the file with --losses.pair-bias"),
+        ({**unbiased, "losses__pair_bias": tmp_path / "none"}, "none does not exist"),
+        ({**unbiased, "losses__pair_bias": pairs}, "pairs cannot be read as safetensors"),
+        ({"losses__pair_bias": pairs}, "--losses.pair-bias is for --losses.chunks unbiased: leave it out"),
+        ({"losses__pair_bias_threshold": 0.5}, "--losses.pair-bias-threshold is for --losses.chunks unbiased"),
+        ({"losses__pair_bias": pairs, "losses__alm": 0}, "--losses.pair-bias is for alm, which has weight 0"),
+        ({**unbiased, "losses__pair_bias": pairs, "losses__pair_bias_threshold": -1}, "pair-bias-threshold is -1.0"),
+        ({**unbiased, "losses__pair_bias": pairs, "losses__pair_bias_threshold": "nan"}, "pair-bias-threshold is nan"),
+    ):
+        assert sentence in refused(arguments(files, tmp_path / "run", **changes)), changes
+        assert not (tmp_path / "run").exists()
 
 
 def test_overwrite_replaces_a_run(stopped, finished, files, tmp_path):

@@ -11,6 +11,7 @@ of Minixhofer, Vulić, Ponti: Universal Cross-Tokenizer Distillation via Approxi
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -40,9 +41,13 @@ class LossConfig:
     """gradmag: each loss's weight over the norm of its gradient in the last layer; fixed: the weights alone."""
     preserve_magnitude: bool = True
     """gradmag only: divide the weights by their sum, so that the total keeps the scale of one loss."""
-    chunks: Literal["unconstrained", "space", "merged"] = "merged"
-    """unconstrained: every common token end; space: before a space on both sides; merged: where the teacher's boundary
-    mass passes gamma."""
+    chunks: Literal["unconstrained", "space", "merged", "unbiased"] = "merged"
+    """Where a chunk may end. unconstrained: every common token end; space: before a space on both sides; merged: where
+    the teacher's boundary mass passes gamma; unbiased: where both values of --losses.pair-bias are small."""
+    pair_bias: Path | None = None
+    """Unbiased chunks: what each pair of a teacher's and a student's token excludes; `convert.py pair-bias` makes it."""
+    pair_bias_threshold: float = 1e-4
+    """Unbiased chunks: both values of the last tokens must be at most this share of all tokens."""
     debias: bool = True
     """Add the log boundary mass at each chunk's end to its log-probability."""
     gamma: float = 0.1
@@ -58,9 +63,14 @@ class LossConfig:
     latents_norm: hidden.LatentsNorm = "l2_channelwise"
     """Distance, and whether it is divided by the teacher's mean per channel or over all channels."""
 
-    def check(self) -> None:
-        """Raises InputError for values that make no sense."""
-        for name in (*LOSSES, "gamma"):
+    @property
+    def inputs(self) -> list[Path]:
+        """Files that are read."""
+        return [] if self.pair_bias is None else [self.pair_bias]
+
+    def check(self, needs_files: bool = True) -> None:
+        """Raises InputError for values that make no sense. Without `needs_files`, the run reads none."""
+        for name in (*LOSSES, "gamma", "pair_bias_threshold"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise InputError(
                     f"{flag('losses.' + name)} is {getattr(self, name)}: it must be a number of at least 0"
@@ -73,6 +83,14 @@ class LossConfig:
             for name in settings:
                 if getattr(self, owner) == 0.0 and getattr(self, name) != getattr(LossConfig, name):
                     raise InputError(f"{flag('losses.' + name)} is for {owner}, which has weight 0: leave it out")
+        for name in ("pair_bias", "pair_bias_threshold"):
+            if self.chunks != "unbiased" and getattr(self, name) != getattr(LossConfig, name):
+                raise InputError(f"{flag('losses.' + name)} is for --losses.chunks unbiased: leave it out")
+        if needs_files and self.chunks == "unbiased" and self.pair_bias is None:
+            raise InputError(
+                "unbiased chunks need the values of pairs of tokens: make them with `python convert.py pair-bias` and "
+                "name the file with --losses.pair-bias"
+            )
         if not self.names:
             raise InputError(
                 f"every loss has weight 0: give one of {', '.join(flag(f'losses.{name}') for name in LOSSES)} a weight"
@@ -110,7 +128,7 @@ class LossConfig:
 
 
 SETTINGS_OF = {
-    "alm": ("chunks", "debias", "gamma", "divergence", "tau", "alpha"),
+    "alm": ("chunks", "pair_bias", "pair_bias_threshold", "debias", "gamma", "divergence", "tau", "alpha"),
     "latents": ("latents_layers", "latents_norm"),
 }
 
@@ -132,6 +150,7 @@ def teacher_groups(
         "unconstrained": jnp.ones_like(filled),
         "space": chunks.before_space,
         "merged": boundary > math.log(max(config.gamma, 1e-30)),
+        "unbiased": chunks.unbiased,
     }
     groups = merge(filled, may_end[config.chunks] & (chunks.teacher_chunk_end >= 0))
     logp = groups.total(logp)

@@ -192,8 +192,8 @@ def product_flops(jaxpr: jax.extend.core.Jaxpr, platform: str) -> float:
 # --- the step, compiled -------------------------------------------------------------------------------------------
 
 
-def batch_shapes(data: DataConfig, models: Models, mesh: Mesh) -> Batch:
-    """What `batches.make_batch` makes for these models, as shapes on the mesh."""
+def batch_shapes(data: DataConfig, models: Models, mesh: Mesh, unbiased: bool = False) -> Batch:
+    """What `batches.make_batch` makes for these models, as shapes on the mesh; `unbiased`: for such chunks."""
 
     def rows(*length: int, dtype: Any = np.int32) -> np.ndarray:
         return np.zeros((data.batch_size, *length), dtype)
@@ -214,6 +214,7 @@ def batch_shapes(data: DataConfig, models: Models, mesh: Mesh) -> Batch:
             teacher_chunk_end=rows(chunks),
             before_space=rows(chunks, dtype=bool),
             text_bytes=rows(chunks),
+            unbiased=rows(chunks, dtype=bool) if unbiased else None,
         ),
         bytes=models.prefixes and BytePlaces(*(rows(student) for _ in range(3))),
         left_out=rows(dtype=bool),

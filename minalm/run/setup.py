@@ -29,6 +29,7 @@ from minalm.text.corpus import Corpus, read_corpus, text_corpus
 from minalm.text.documents import Piece, Special
 from minalm.text.stdlib import stdlib_documents
 from minalm.tokenization.chats import ChatReader
+from minalm.tokenization.pair_bias import UnbiasedEnds, read_pair_bias
 from minalm.tokenization.prefixes import Prefixes, find_prefixes, typical_prefixes
 from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
@@ -37,6 +38,7 @@ from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_spe
 from minalm.types import Batch
 
 BATCHES = 100  # in which something must count
+SAMPLE = 10  # batches in which the ends of chunks are looked at
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -115,6 +117,7 @@ class Models:
     trained: Transformer  # the student as bools: which parameters are trained
     generation_config: GenerationConfig
     prefixes: Prefixes | None = None  # of the teacher, if its next byte is asked for
+    unbiased: UnbiasedEnds | None = None  # of the teacher's and the student's tokens, if chunks are `unbiased`
     # From the student's hidden states to the teacher's, if they are compared and the widths differ; trained, not exported.
     maps: Float32[np.ndarray, "depth embed teacher_embed"] | None = None
 
@@ -234,6 +237,17 @@ def with_prefixes(models: Models, losses: LossConfig) -> Models:
     return dataclasses.replace(models, prefixes=found)
 
 
+def with_unbiased_ends(models: Models, losses: LossConfig) -> Models:
+    """The models with what is to know of pairs of their tokens, for `unbiased` chunks.
+
+    Raises InputError if the file is missing, damaged, or of other tokenizers.
+    """
+    if losses.pair_bias is None:
+        return models
+    pairs = read_pair_bias(losses.pair_bias, models.student.vocabulary, models.teacher.vocabulary)
+    return dataclasses.replace(models, unbiased=UnbiasedEnds(pairs, losses.pair_bias_threshold))
+
+
 def with_maps(models: Models, losses: LossConfig, seed: int) -> Models:
     """The models with maps of the student's hidden states, where a loss compares them and widths differ.
 
@@ -251,6 +265,11 @@ def with_maps(models: Models, losses: LossConfig, seed: int) -> Models:
         return models
     depth = ours.layers + 1 if losses.compares_all_layers else 1
     return dataclasses.replace(models, maps=random_maps(depth, ours.embed, theirs.embed, seed))
+
+
+def for_losses(models: Models, losses: LossConfig, seed: int) -> Models:
+    """The models with all that the losses read beside them. Raises InputError."""
+    return with_maps(with_unbiased_ends(with_prefixes(models, losses), losses), losses, seed)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -362,12 +381,13 @@ def load_texts(
         held_out=held_out,
         notes=[*(f"{count:,} chats {note}" for note, count in read_chat.notes.items()), *notes],
         student=Side(student.vocabulary, student.suffixes, config.student_length),
-        teacher=teacher and Side(teacher.vocabulary, teacher.suffixes, config.teacher_length, models.prefixes),
+        teacher=teacher
+        and Side(teacher.vocabulary, teacher.suffixes, config.teacher_length, models.prefixes, models.unbiased),
         seed=seed,
         mesh=mesh,
         needs_bytes=needs_bytes,
     )
-    return dataclasses.replace(texts, notes=[*texts.notes, *check_targets(texts)])
+    return dataclasses.replace(texts, notes=[*texts.notes, *check_targets(texts), *unbiased_share(texts)])
 
 
 def check_targets(texts: Texts) -> list[str]:
@@ -402,6 +422,33 @@ def check_targets(texts: Texts) -> list[str]:
     return [share] if 2 * left_out > seen else []
 
 
+def unbiased_share(texts: Texts) -> list[str]:
+    """How many chunks of the first batches may end, if chunks are `unbiased`, and of how many the pair is unknown.
+
+    Of several processes each looks at its own rows.
+    """
+    if texts.teacher is None or texts.teacher.unbiased is None:
+        return []
+    ends = unbiased = unknown = 0
+    for step in range(min(SAMPLE, -(-len(texts.training) // texts.config.batch_size))):
+        batch = texts.batch(step)
+        chunks, of_text = batch.chunks, batch.chunks.text_bytes > 0
+        last = [
+            np.take_along_axis(side.inputs, np.maximum(chunk_end, 0), axis=1)[of_text]
+            for side, chunk_end in (
+                (batch.teacher, chunks.teacher_chunk_end),
+                (batch.student, chunks.student_chunk_end),
+            )
+        ]
+        ends, unbiased = ends + int(of_text.sum()), unbiased + int(chunks.unbiased[of_text].sum())
+        unknown += int((texts.teacher.unbiased.pairs.find(*last) < 0).sum())
+    shares = [f"{count / max(ends, 1):.1%}" for count in (unbiased, unknown)]
+    return [
+        f"{shares[0]} of the first {ends:,} places where tokens of both sides end are unbiased and end a chunk; "
+        f"{shares[1]} are of pairs that --losses.pair-bias does not know, and end none"
+    ]
+
+
 def read_texts(
     config: DataConfig,
     files: tuple[Path, ...],
@@ -415,7 +462,7 @@ def read_texts(
     return text_corpus(stdlib_documents(split, fraction), config.piece_bytes) if config.stdlib else None
 
 
-def fingerprints(student: StudentConfig, texts: Texts) -> dict[str, str]:
+def fingerprints(student: StudentConfig, texts: Texts, losses: LossConfig) -> dict[str, str]:
     """What a run reads -> a hash of it. The text of the standard library is included, so that another Python version is
     detected."""
     found = {"the training text": texts.training.fingerprint}
@@ -426,4 +473,6 @@ def fingerprints(student: StudentConfig, texts: Texts) -> dict[str, str]:
             found[f"the model of --{name}"] = model_fingerprint(weights.find(path))
     if isinstance(student.student_tokenizer, Path):
         found["the tokenizer of --student-tokenizer"] = model_fingerprint(student.student_tokenizer)
+    if losses.pair_bias is not None:
+        found["the file of --losses.pair-bias"] = model_fingerprint(losses.pair_bias)
     return found

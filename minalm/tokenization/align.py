@@ -1,11 +1,13 @@
 """Two tokenizations of one text -> the chunks between the places where a token of each ends."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from minalm.tokenization.vocabulary import Encoding
+from minalm.text.documents import Piece
+from minalm.tokenization.vocabulary import Encoding, Vocabulary
 
 
 class Alignment(NamedTuple):
@@ -15,6 +17,42 @@ class Alignment(NamedTuple):
     teacher_chunk: Int32[np.ndarray, " teacher_time"]
     student_chunk_end: Int64[np.ndarray, " chunk"]  # index of the chunk's last token
     teacher_chunk_end: Int64[np.ndarray, " chunk"]
+
+    def text_bytes(self, student: Encoding) -> Int64[np.ndarray, " chunk"]:
+        """The bytes of text in each chunk, by the student's tokens; 0: a special part."""
+        inside = self.student_chunk >= 0
+        counted = student.text_bytes[: len(inside)][inside]
+        return np.bincount(self.student_chunk[inside], counted, len(self.student_chunk_end)).astype(np.int64)
+
+
+def read_both(
+    pieces: Sequence[Piece], student: Vocabulary, teacher: Vocabulary | None
+) -> tuple[Sequence[Piece], list[Encoding], list[Encoding], Bool[np.ndarray, " pieces"]]:
+    """(pieces after `normalized`, the student's tokens of each, the teacher's, whether both spell it exactly).
+
+    Where one does not, both rows are empty. Without a teacher, the student's tokens stand for its.
+    """
+    pieces = normalized(pieces, student, teacher)
+    ours = student.encode(pieces)
+    theirs = ours if teacher is None else teacher.encode(pieces, "teacher")
+    usable = [our.round_trips and their.round_trips for our, their in zip(ours, theirs)]
+    ours, theirs = ([row if use else row.cut(0) for row, use in zip(rows, usable)] for rows in (ours, theirs))
+    return pieces, ours, theirs, np.array(usable, bool)
+
+
+def normalized(pieces: Sequence[Piece], student: Vocabulary, teacher: Vocabulary | None) -> Sequence[Piece]:
+    """Pieces whose texts have passed through the teacher's Unicode normalizer and then the student's."""
+    for vocabulary in (teacher, student):
+        if vocabulary is not None and vocabulary.normalizer is not None:
+            pieces = [_normalized(piece, vocabulary) for piece in pieces]
+    return pieces
+
+
+def _normalized(piece: Piece, vocabulary: Vocabulary) -> Piece:
+    return tuple(
+        segment._replace(content=vocabulary.normalize(segment.content)) if isinstance(segment.content, str) else segment
+        for segment in piece
+    )
 
 
 def align(student: Encoding, teacher: Encoding) -> Alignment:

@@ -99,6 +99,7 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 
 
 _FROM_BYTE_LEVEL = {0x100 + i: byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
+_BYTE_LEVEL = {byte: byte for byte in _PRINTABLE} | {byte: code for code, byte in _FROM_BYTE_LEVEL.items()}
 
 
 # What a vocabulary must spell to be of use: the bytes of UTF-8 text without control characters and the rarer planes,
@@ -130,6 +131,16 @@ def _from_byte_level(token: str) -> bytes:
         return token.translate(_FROM_BYTE_LEVEL).encode("latin-1")
     except UnicodeEncodeError:  # not of that alphabet: no text becomes this token
         return b""
+
+
+def as_model_reads(vocabulary: Vocabulary, text: bytes) -> str:
+    """Text as the model within a tokenizer reads it, behind normalizer and pre-tokenizer.
+
+    Raises UnicodeDecodeError for bytes that are no UTF-8, unless the tokenizer is byte-level.
+    """
+    if vocabulary.fallback:
+        return text.decode().replace(" ", META)
+    return text.decode("latin-1").translate(_BYTE_LEVEL)
 
 
 def _without_prefix_space(spec: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -256,7 +267,6 @@ def _bos_processor(bos: list[str], vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _bytes_json() -> dict[str, Any]:
     """A byte-level BPE without merges: a text becomes its UTF-8 bytes, and byte b has the id b."""
-    characters = {byte: byte for byte in _PRINTABLE} | {byte: code for code, byte in _FROM_BYTE_LEVEL.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
@@ -275,7 +285,7 @@ def _bytes_json() -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": {chr(characters[byte]): byte for byte in range(256)},
+            "vocab": {chr(_BYTE_LEVEL[byte]): byte for byte in range(256)},
             "merges": [],
         },
     }
