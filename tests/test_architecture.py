@@ -25,6 +25,7 @@ LAYERS = (
     ("tokenization",),
     ("batches", "models"),
     ("distill", "huggingface"),
+    ("generation",),
     ("evaluation",),
     ("run",),
     ("presets",),

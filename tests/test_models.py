@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import greedy
 from jax.sharding import PartitionSpec as P
 from programs import equations
 
 from minalm.huggingface import weights as hf
 from minalm.models import layers, transformer
 from minalm.models.config import LinearScaling, LongRopeScaling, ModelConfig, Rope, YarnScaling
-from minalm.models.generate import generate
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import ROWS, make_mesh, shard, shard_map, specs
@@ -180,7 +180,7 @@ def test_decoding_with_a_cache_is_the_whole_pass(name):
     model, tokens, _ = load(name)
     mesh, mask = make_mesh(1, 2), VocabularyMask(*np.ones((2, 58), bool))
     with jax.default_matmul_precision("highest"):
-        found = generate(shard(model, mesh), shard(mask, mesh), None, list(tokens), 5, None, mesh, FLOAT32)
+        found = greedy(model, mask, None, list(tokens), 5, mesh)
     text = np.concatenate([tokens, np.array(found, np.int32)], axis=1)
     logits = compute(model, text)
     assert np.array_equal(logits[:, 10:15].argmax(-1), text[:, 11:])
@@ -193,7 +193,7 @@ def test_a_text_that_grows_past_the_length_of_short_factors_is_read_anew():
     mesh, mask = make_mesh(1, 1), VocabularyMask(*np.ones((2, 58), bool))
     prompts = [tokens[0, :9], np.concatenate([tokens[1], tokens[0, :4]])]
     with jax.default_matmul_precision("highest"):
-        found = generate(shard(model, mesh), shard(mask, mesh), None, prompts, 9, None, mesh, FLOAT32)
+        found = greedy(model, mask, None, prompts, 9, mesh)
     texts = [np.concatenate([prompt, new]).astype(np.int32) for prompt, new in zip(prompts, found)]
     for length in (16, 17):
         logits = compute(model, np.stack([text[:length] for text in texts]))[:, -1]
