@@ -6,6 +6,7 @@ all rows have met a stop id or the asked number is there. The last token of a pr
 Text, stop strings and streaming are the host's (text.py).
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -36,6 +37,7 @@ PIECE = {"cpu": 32}  # columns of a prompt that are read at a time
 PIECE_ELSEWHERE = 256
 MOST_STEPS = 64  # tokens a row that one call writes
 SECONDS = 0.1  # that a call should take if somebody is waiting for what it writes
+DRAFT = 8  # tokens of a draft that are checked at once, at most
 MARGIN = WINDOW - 1  # columns before the first, for the bytes before the first byte
 STOPS = 16  # stop ids are filled up to a multiple of it, so that their number compiles nothing
 
@@ -82,10 +84,17 @@ class Generator:
         self.shared, self.weights, self.mean = shared, weights, mean
         self.configs, self.dtype = [member.decoder.config for member in members], members[0].decoder.dtype
         self.piece = PIECE.get(mesh.devices.flat[0].platform, PIECE_ELSEWHERE)
+        self.kept: Session | None = None
         state = layouts(self._state(1, SMALLEST))
         self._advance = jax.jit(
             functools.partial(advance, self),
             in_shardings=shardings((layouts(members), state, *[P()] * 6), mesh),
+            out_shardings=shardings((state, P(), P()), mesh),
+            donate_argnums=1,
+        )
+        self._verify = jax.jit(
+            functools.partial(verify, self),
+            in_shardings=shardings((layouts(members), state, *[P()] * 3), mesh),
             out_shardings=shardings((state, P(), P()), mesh),
             donate_argnums=1,
         )
@@ -147,13 +156,13 @@ class Generator:
         token_bytes = None if vocabulary is None else vocabulary.token_bytes
         stops = stop_bytes(stop_strings)
         written = [Continuation(token_bytes, stops, max_tokens, max_bytes) for _ in rows]
-        padded_stops = _filled_up(sorted(stop_ids))
+        padded_stops = filled_up(sorted(stop_ids))
         sampling, key = Sampling.of(sampling), np.uint32(seed)
         waits = on_tokens is not None or stops or max_bytes is not None
         session, steps = None, 1 if waits else MOST_STEPS
         while not all(row.ended for row in written):
             if session is None or not session.room():  # LongRoPE: a row has become long, and all its keys change
-                session = Session(self, [self._so_far(row, made.ids) for row, made in zip(rows, written)], max_tokens)
+                session = self.session([self._so_far(row, made.ids) for row, made in zip(rows, written)], max_tokens)
             done = np.array([row.ended for row in written])
             left = max(row.max_tokens - len(row.ids) for row in written if not row.ended)
             began = time.perf_counter()
@@ -167,9 +176,17 @@ class Generator:
                 steps = int(np.clip(SECONDS / of_step, 1, min(2 * steps, MOST_STEPS)))
         return [row.ids for row in written]
 
+    def session(self, rows: Sequence[Sequence[Int[np.ndarray, " _"]]], expected: int) -> "Session":
+        """The rows on the device, of each row each member's ids. What the last session has read of a single row is kept:
+        the next turn of a chat reads what is new."""
+        if self.kept is None or not self.kept.change(rows, expected):
+            self.kept = None  # before there is memory for the next
+            self.kept = Session(self, rows, expected)
+        return self.kept
+
     def compiled(self) -> int:
         """How many programs have been compiled: one for each number of rows and capacity, and one to grow a cache."""
-        return self._advance._cache_size() + self._grow._cache_size()
+        return sum(program._cache_size() for program in (self._advance, self._verify, self._grow))
 
     def _so_far(self, row, new):
         """A row's prompts and what was written, as each member reads it."""
@@ -223,6 +240,8 @@ class Session:
         self.pieces = -(-(longest - 1) // piece)
         self.column = self.pieces * piece  # of the last token of each row
         self.capacity = max(SMALLEST, _power_of_two(self.column + 1 + min(expected, MOST_STEPS)))
+        self.newest = self.column  # column that was written
+        self.text, self.first = rows[0][0].tolist(), self.column  # of a single row: its ids, and the column of the last
         self.limits = []  # of each row, the first column that it may not read before it is read anew
         texts = [self._text(config, [row[n] for row in rows]) for n, config in enumerate(generator.configs)]
         shapes = generator._state(self.batch, self.capacity)
@@ -248,23 +267,79 @@ class Session:
             self.limits.append(np.where(long, np.iinfo(np.int32).max, offset + limits[0])[: self.rows])
         return ids, offset, long
 
-    def room(self, done: Bool[np.ndarray, " row"] | None = None) -> int:
+    def change(self, rows: Sequence[Sequence[Int[np.ndarray, " _"]]], expected: int) -> bool:
+        """Goes over to another text, of a single row and member, and reads only what it does not begin with already.
+
+        False where that cannot be: nothing has changed then.
+        """
+        if len(rows) > 1 or self.rows > 1 or len(rows[0]) > 1 or self.limits:
+            return False
+        (ids,), piece = rows[0], self.generator.piece
+        offset = self.first + 1 - len(self.text)  # of the row's first token
+        shorter = min(len(ids), len(self.text))
+        differ = np.flatnonzero(ids[:shorter] != np.array(self.text[:shorter], np.int32))
+        known = min(int(differ[0]) if len(differ) else shorter, self.column - offset)
+        last = offset + len(ids) - 1
+        pieces = max(-(-(last - offset - known) // piece), 0)
+        start = last - pieces * piece
+        # Rings hold a window and a piece: what was written behind must not have taken the place of what is read.
+        if start < 0 or not known or self.newest - start > piece:
+            return False
+        self.column, self.pieces, self.text, self.first = last, pieces, ids.tolist(), last
+        self.make_room(min(expected, MOST_STEPS))
+        new = np.full((1, MARGIN + self.capacity), -1, np.int32)
+        new[0, MARGIN + offset : MARGIN + last + 1] = ids
+        (member,) = self.state.members
+        member = dataclasses.replace(member, ids=_placed(new, member.ids.sharding))
+        self.state = State((member,), _placed(np.int32(start), self.state.column.sharding))
+        return True
+
+    def room(self) -> int:
         """Columns that can be read before some row has to be read anew."""
         return min((int(limit.min()) - self.column for limit in self.limits), default=2**30)
 
-    def advance(self, steps, done, sampling, key, stops) -> Int[np.ndarray, "row step"]:
-        """Up to `steps` new tokens of each row."""
-        if self.column + 1 >= self.capacity:
+    def make_room(self, columns: int) -> None:
+        """Lets the cache grow until so many columns can be read, and as many tokens written."""
+        while self.column + columns >= self.capacity:
             self.capacity *= 2
             self.state = self.generator._grow(self.state, self.capacity)
+
+    def advance(
+        self,
+        steps: int,
+        done: Bool[np.ndarray, " row"],
+        sampling: Sampling,
+        seed: np.uint32,
+        stops: Int[np.ndarray, " stops"],
+    ) -> Int[np.ndarray, "row step"]:
+        """Up to `steps` new tokens of each row."""
+        self.make_room(1)
         steps = min(steps, self.capacity - 1 - self.column, self.room(), MOST_STEPS)
         everyone = np.concatenate([done, np.ones(self.batch - self.rows, bool)])
-        arguments = np.int32(self.pieces), np.int32(steps), everyone, sampling, key, stops
+        arguments = np.int32(self.pieces), np.int32(steps), everyone, sampling, seed, stops
         self.state, tokens, made = self.generator._advance(self.generator.members, self.state, *arguments)
-        self.pieces = 0
         tokens, made = jax.device_get((tokens, made))
-        self.column += int(made)
+        self._moved(tokens[0, : int(made)], int(made))
         return tokens[: self.rows, : int(made)]
+
+    def verify(self, draft: Sequence[int], sampling: Sampling, seed: np.uint32) -> list[int]:
+        """The tokens of a draft that are right for the single row, and one more. All of its text has to be read."""
+        self.make_room(DRAFT + 1)
+        padded = np.array([*draft, *[-1] * (DRAFT - len(draft))], np.int32)
+        self.state, tokens, made = self.generator._verify(self.generator.members, self.state, padded, sampling, seed)
+        tokens, made = jax.device_get((tokens, made))
+        newest = self.column + DRAFT
+        self._moved(tokens[: int(made)], int(made))
+        self.newest = max(self.newest, newest)
+        return tokens[: int(made)].tolist()
+
+    def _moved(self, new, count):
+        self.pieces = 0
+        self.column += count
+        self.newest = max(self.newest, self.column)
+        if self.rows == 1 and len(self.generator.members) == 1:
+            self.text += new.tolist()
+            self.first = self.column
 
 
 def advance(
@@ -308,6 +383,51 @@ def advance(
     tokens = jnp.zeros((done.shape[0], MOST_STEPS), jnp.int32)
     state, tokens, made, done = jax.lax.while_loop(goes_on, step, (state, tokens, jnp.int32(0), done))
     return state, tokens, made
+
+
+def verify(
+    generator: Generator,
+    members: tuple[Member, ...],
+    state: State,
+    draft: Int[Array, " draft"],
+    sampling: Sampling,
+    seed: UInt32[Array, ""],
+) -> tuple[State, Int[Array, " draft_and_one"], Int[Array, ""]]:
+    """Reads a draft (-1 behind its end) of the next tokens of the first row: the tokens that follow, and how many.
+
+    These are the draft's first ones, as far as they are what would have been chosen, and then one more. A draft
+    proposes one token, so the rejection sampling of Leviathan et al. (2023, arXiv 2211.17192, algorithm 1) is: keep it
+    with the probability p that the model gives it, and else sample from p without it. What follows has the distribution
+    of sampling token by token; where the most probable one is taken, it is the same. The other rows are padding.
+    """
+    count, column = draft.shape[0], state.column
+    ids = state.members[0].ids
+    proposed = jax.lax.dynamic_update_slice(ids, jnp.broadcast_to(draft, (ids.shape[0], count)), (0, MARGIN + column + 1))
+    member = dataclasses.replace(state.members[0], ids=proposed)
+    [found], state = read_columns(generator, members, State((member,), column), count + 1, True)
+    position = column - member.offset[0] + jnp.arange(count + 1)
+    keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), place))(position)
+    logits, seen = found[0], None
+    if sampling.repetition_penalty is not None:
+        known = jnp.arange(ids.shape[1]) <= MARGIN + column + jnp.arange(count + 1)[:, None]
+        seen = occurred(generator, jnp.where(known, proposed[0], -1), logits.shape[1])
+    logits = adjusted(logits, sampling, seen)
+    asked = jnp.append(draft, -1)
+    is_asked = jnp.arange(logits.shape[1]) == asked[:, None]
+    if sampling.temperature is None:
+        chosen = choose(logits, sampling, keys).astype(jnp.int32)
+        right = chosen == asked
+    else:
+        p = jnp.sum(jnp.where(is_asked, jax.nn.softmax(logits, axis=-1), 0.0), axis=-1)
+        kept, other = jax.vmap(jax.random.split, out_axes=1)(keys)
+        right = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(kept) < p
+        chosen = choose(jnp.where(is_asked, -jnp.inf, logits), sampling, other).astype(jnp.int32)
+    accepted = jnp.sum(jnp.cumprod(right.astype(jnp.int32)))
+    tokens = jnp.where(jnp.arange(count + 1) < accepted, asked, chosen[accepted])
+    tokens = jnp.where(jnp.arange(count + 1) <= accepted, tokens, -1)
+    written = jnp.broadcast_to(tokens, (ids.shape[0], count + 1))
+    member = dataclasses.replace(state.members[0], ids=jax.lax.dynamic_update_slice(ids, written, (0, MARGIN + column + 1)))
+    return State((member,), column + accepted + 1), tokens, accepted + 1
 
 
 def read_columns(
@@ -368,7 +488,8 @@ def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
 
 
-def _filled_up(stops: Sequence[int]) -> Int[np.ndarray, " stops"]:
+def filled_up(stops: Sequence[int]) -> Int[np.ndarray, " stops"]:
+    """Stop ids as the compiled programs take them."""
     return np.array([*stops, *[-1] * (-len(stops) % STOPS or (0 if stops else STOPS))], np.int32)
 
 
