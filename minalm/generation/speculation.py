@@ -8,7 +8,7 @@ where drafts do not pay, tokens are made one by one, with a trial now and then.
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -25,6 +25,7 @@ FORGETTING = 0.8  # of what was measured, how much counts after one more
 SMALLEST_TRIAL, LARGEST_TRIAL = 16, 256  # tokens that are made one by one before drafts are tried again
 
 
+@runtime_checkable
 class Draft(Protocol):
     """What proposes tokens."""
 
