@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -275,7 +275,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
     """The models, and the prompt if the last argument is none. Raises InputError."""
 
     def is_model(word):
-        return Path(word).exists() or re.fullmatch(HUB_NAME, word, re.ASCII) is not None
+        return os.path.exists(word) or re.fullmatch(HUB_NAME, word, re.ASCII) is not None
 
     if not arguments:
         raise InputError("there is no model: name a Hugging Face folder, a run, or org/name of the hub")
@@ -367,13 +367,22 @@ def read_standard_input() -> str:
         raise InputError(f"standard input is not UTF-8 ({error}): give a text") from error
 
 
+def parse(arguments: Sequence[str]) -> Config:
+    """The settings of a command line. Models and prompt may stand on both sides of the flags."""
+    settings = dict(prog="python -m minalm.generate", description=__doc__)
+    config, rest = tyro.cli(Config, args=list(arguments), return_unknown_args=True, **settings)
+    if any(word.startswith("-") for word in rest):
+        tyro.cli(Config, args=[*arguments], **settings)  # ends with tyro's own message
+    return replace(config, arguments=(*config.arguments, *rest))
+
+
 def cli(arguments: Sequence[str]) -> None:
     """The program. Ctrl-C ends it with code 130, and a reader that has gone away without a word."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         with exit_on_input_error():
-            run(tyro.cli(Config, args=list(arguments), prog="python -m minalm.generate", description=__doc__))
+            run(parse(arguments))
     except KeyboardInterrupt:
         say("")
         sys.exit(130)

@@ -139,7 +139,7 @@ def written(capfd, *arguments, text=None, monkeypatch=None):
 
 
 def parsed(arguments):
-    return generate.tyro.cli(generate.Config, args=[*map(str, arguments), "--compiled", "None"])
+    return generate.parse([*map(str, arguments), "--compiled", "None"])
 
 
 def test_a_pipe_gets_the_text_alone(folders, capfd, monkeypatch):

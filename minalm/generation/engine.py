@@ -483,7 +483,7 @@ def occurred(
     return jnp.zeros((ids.shape[0], entries), bool).at[rows, ids].set(True, mode="drop")
 
 
-def _placed(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def _placed(array: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
     """A host's array, which all processes have, on the mesh. Nothing is compiled for it."""
     return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
 
