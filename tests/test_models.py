@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import greedy
+from decoding import generator, greedy
 from jax.sharding import PartitionSpec as P
 from programs import equations
 
+from minalm.generation.engine import Session, read_columns
 from minalm.huggingface import weights as hf
 from minalm.models import layers, transformer
 from minalm.models.config import LinearScaling, LongRopeScaling, ModelConfig, Rope, YarnScaling
@@ -174,17 +175,23 @@ def test_every_parameter_moves_the_logits(name):
         assert np.abs(compute(changed, tokens) - expected).max() > 1e-2, leaf
 
 
-@pytest.mark.parametrize("name", ("smollm3", "phi3", "granite"))
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_with_a_cache_is_the_whole_pass(name):
-    """Greedy continuations of 11 tokens to 16, as long as phi3's short factors go."""
-    model, tokens, _ = load(name)
-    mesh, mask = make_mesh(1, 2), VocabularyMask(*np.ones((2, 58), bool))
+    """300 tokens one by one: the logits after each of them, past windows, rings and the first piece of a prompt."""
+    model, _, _ = load(name)
+    mesh, mask = make_mesh(1, 1), VocabularyMask(*np.ones((2, 58), bool))
+    ids = np.random.default_rng(0).integers(0, 58, 300).astype(np.int32)
+    made = generator(model, mask, None, mesh)
+    session = Session(made, [[ids]], 0)
+    state = dataclasses.replace(session.state, column=jnp.int32(session.column + 1 - len(ids)))
+
+    def step(state, _):
+        [found], state = read_columns(made, made.members, state, 1, True)
+        return state, found[0, 0]
+
     with jax.default_matmul_precision("highest"):
-        found = greedy(model, mask, None, list(tokens), 5, mesh)
-    text = np.concatenate([tokens, np.array(found, np.int32)], axis=1)
-    logits = compute(model, text)
-    assert np.array_equal(logits[:, 10:15].argmax(-1), text[:, 11:])
-    assert np.array_equal(text[:, 11:], found) and len(set(text[:, 11:].flat)) > 2
+        _, found = jax.jit(lambda state: jax.lax.scan(step, state, length=300))(state)
+    np.testing.assert_allclose(found, compute(model, ids[None])[0], rtol=0, atol=1e-4)
 
 
 def test_a_text_that_grows_past_the_length_of_short_factors_is_read_anew():
