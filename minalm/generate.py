@@ -142,7 +142,8 @@ class Writer:
             subwords = Generator.of([LoadedModel.read(config.draft)], mesh, self.dtype)
             self.draft = ModelDraft(subwords, self.vocabularies[0])
         self.readers = [
-            ChatReader(vocabulary, vocabulary, False, datetime.date.today().isoformat()) for vocabulary in self.vocabularies
+            ChatReader(vocabulary, vocabulary, False, datetime.date.today().isoformat())
+            for vocabulary in self.vocabularies
         ]
 
     def text(self, prompt: str) -> Prompt:
@@ -185,7 +186,11 @@ class Writer:
 
         room = self.room([prompt])
         common = dict(
-            stop_ids=self.stop_ids, stop_strings=config.stop, seed=config.seed, on_tokens=on_tokens, max_bytes=config.max_bytes
+            stop_ids=self.stop_ids,
+            stop_strings=config.stop,
+            seed=config.seed,
+            on_tokens=on_tokens,
+            max_bytes=config.max_bytes,
         )
         if self.draft is None:
             [ids] = self.generator.generate([prompt], self.sampling, room, **common)

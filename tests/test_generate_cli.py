@@ -21,7 +21,7 @@ from minalm import generate
 from minalm.errors import InputError
 from minalm.generation.text import Continuation, TextStream, stop_bytes
 from minalm.huggingface.folder import GenerationConfig, save
-from minalm.huggingface.loaded import LoadedModel, model_folder
+from minalm.huggingface.loaded import model_folder
 from minalm.models.config import ModelConfig
 from minalm.models.transformer import initialize
 from minalm.tokenization.suffixes import longest_suffix
@@ -40,7 +40,9 @@ def quick_compilation():
 
 # --- text ---------------------------------------------------------------------------------------------------------
 
-TEXTS = st.lists(st.one_of(st.binary(max_size=4), st.sampled_from(["é", "日本", "\U0001f600", "ab", "stop"]).map(str.encode)))
+TEXTS = st.lists(
+    st.one_of(st.binary(max_size=4), st.sampled_from(["é", "日本", "\U0001f600", "ab", "stop"]).map(str.encode))
+)
 
 
 @given(TEXTS)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import generator, greedy
+from decoding import attend, generator, greedy
 from jax.sharding import PartitionSpec as P
 from programs import equations
 
@@ -316,7 +316,7 @@ def test_what_a_query_sees(window, start, picture):
     k = jax.random.normal(jax.random.key(1), (1, 6, 1, 6))
     one_hot = jnp.eye(6)[None, :, None]
     positions = start + jnp.arange(len(rows))[None]
-    weights = np.asarray(layers.attend(q, k, one_hot, positions, jnp.array(window), 1.0, None))[0, :, 0]
+    weights = np.asarray(attend(q, k, one_hot, positions, jnp.array(window), 1.0, None))[0, :, 0]
     assert ["".join(".#"[int(weight > 0)] for weight in row) for row in weights] == rows
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
 
@@ -336,7 +336,7 @@ def test_attention_against_loops():
                 )
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):
-        found = layers.attend(q, k, v, jnp.arange(7)[None], jnp.array(3), 0.7, 1.5)
+        found = attend(q, k, v, jnp.arange(7)[None], jnp.array(3), 0.7, 1.5)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 

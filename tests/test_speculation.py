@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from tokenizers import normalizers
 from decoding import generator
 from small_tokenizers import vocabulary
 from test_generate import BYTE_ENTRIES, BYTES, byte_suffixes, random_model
+from tokenizers import normalizers
 
 from minalm.errors import InputError
 from minalm.generation import speculation
@@ -128,14 +128,21 @@ def test_the_text_of_a_draft_is_cut_at_a_token():
     draft, original = subword_draft()
     student = draft.student
     turn = sorted(student.special, key=student.special.get)[0]
-    piece = (Segment(Special("bos")), Segment("the café 日本"), Segment(Markup((turn,), (turn,))), Segment("in the é日 end"))
+    piece = (
+        Segment(Special("bos")),
+        Segment("the café 日本"),
+        Segment(Markup((turn,), (turn,))),
+        Segment("in the é日 end"),
+    )
     [encoding] = student.encode([piece])
     ids, special = encoding.ids.tolist(), {i: word for word, i in student.special.items()}
     for end in range(1, len(ids) + 1):
         cut, left = draft._text(ids[:end])
         spelled = b"".join(original.token_bytes[i] for i in cut) + left
         assert spelled == bytes(i for i in ids[:end] if i < 256)
-        assert [i for i in cut if not original.token_bytes[i]] == [original.special[special[i]] for i in ids[:end] if i > 255]
+        assert [i for i in cut if not original.token_bytes[i]] == [
+            original.special[special[i]] for i in ids[:end] if i > 255
+        ]
         assert ids[end - 1] > 255 or left  # the last token may still change
 
 

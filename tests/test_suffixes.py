@@ -73,7 +73,9 @@ def test_the_table_on_the_device_finds_the_same(tokens, data):
     padded = np.full(15 + 80, -1, np.int32)
     padded[95 - len(ids) :] = ids
     found = on_device(suffix_table(search), np.lib.stride_tricks.sliding_window_view(padded, 16)[None])
-    assert np.asarray(found)[0, 80 - len(ids) :].tolist() == search(np.array([ids], np.int32).reshape(1, -1))[0].tolist()
+    assert (
+        np.asarray(found)[0, 80 - len(ids) :].tolist() == search(np.array([ids], np.int32).reshape(1, -1))[0].tolist()
+    )
 
 
 def test_tables_of_many_tokens():

@@ -21,6 +21,7 @@ from minalm.models.transformer import Block, Transformer, head_norm
 from minalm.parallel.collectives import tp_offset, tp_share, tp_size, tp_sum
 from minalm.parallel.mesh import layouts, param, shard_map, specs
 
+
 class Cache(eqx.Module):
     """Keys and values of one block, in a ring: column c is in slot c modulo the number of slots."""
 
@@ -195,7 +196,9 @@ def _rotation(rope: Rope | None, config, positions, long, dtype):
     limit = rope.scaling.original_length if isinstance(rope.scaling, LongRopeScaling) else 0
     frequencies = jnp.asarray(rope.inverse_frequencies(config.head_dim, limit))
     if limit:
-        frequencies = jnp.where(long[:, None, None, None], rope.inverse_frequencies(config.head_dim, limit + 1), frequencies)
+        frequencies = jnp.where(
+            long[:, None, None, None], rope.inverse_frequencies(config.head_dim, limit + 1), frequencies
+        )
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return layers.Rotation(*((rope.magnitude * turned).astype(dtype) for turned in (jnp.sin(angles), jnp.cos(angles))))
 
@@ -235,12 +238,16 @@ def _read_block(block, config, x, rotation, cache, slots, wraps, visible):
     q, k, v = jnp.split(qkv, (qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads), axis=2)
     q, k = turned(q, block.q_norm), turned(k, block.k_norm)
     new = Cache(by_head(k), by_head(v))
-    mixed = _attend(by_head(q), cache, new, visible, config.scale, config.attention_softcap)
+    # The new keys are not read from the cache, so that it can be written in place, behind all that reads it.
+    parts = (cache.k, new.k), (cache.v, new.v)
+    mixed = layers.attend(by_head(q), *parts, visible, config.scale, config.attention_softcap)
     # The write is made to depend on what was read, which XLA cannot see through: else it copies the cache, twice a step.
     read = mixed[0, 0, 0, 0]
     new = jax.tree.map(lambda array: jnp.where(read == read, array, jnp.nan), new)
     cache = Cache(_written(cache.k, new.k, slots, wraps), _written(cache.v, new.v, slots, wraps))
-    x = x + added(layers.project(by_head(mixed).reshape(batch, time, -1), block.o), block.o_bias, block.attention_post_norm)
+    x = x + added(
+        layers.project(by_head(mixed).reshape(batch, time, -1), block.o), block.o_bias, block.attention_post_norm
+    )
 
     both = biased(layers.project(norm(x, block.mlp_norm), block.gate_up), block.gate_up_bias)
     gate, up = jnp.split(both, 2, axis=-1)
@@ -254,20 +261,3 @@ def _written(cache, new, slots, wraps):
     if new.shape[2] == 1 or not wraps:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, slots[0], axis=2)
     return cache.at[:, :, slots].set(new)
-
-
-def _attend(q, cache, new, visible, scale, cap):
-    """Attention of [batch, heads, time, head_dim] queries to the visible slots and new columns; as layers.attend
-    otherwise. The new keys are not read from the cache, so that it can be written in place, behind all that reads it.
-    """
-    batch, heads, time, head_dim = q.shape
-    kv_heads, length = cache.k.shape[1:3]
-    group = heads // kv_heads
-    q = q.reshape(batch, kv_heads, group * time, head_dim) * jnp.asarray(scale, q.dtype)
-    scores = [jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32) for k in (cache.k, new.k)]
-    scores = layers.softcap(jnp.concatenate(scores, axis=-1), cap).reshape(batch, kv_heads, group, time, -1)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(batch, kv_heads, group * time, -1)
-    parts = jnp.split(weights, (length,), axis=-1)
-    mixed = sum(jnp.einsum("bkqs,bksd->bkqd", part, v) for part, v in zip(parts, (cache.v, new.v)))
-    return mixed.reshape(batch, heads, time, head_dim)

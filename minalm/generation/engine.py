@@ -201,7 +201,9 @@ class Generator:
 
         def member(config):
             kv_heads = max(config.kv_heads, self.mesh.shape["tp"])  # one that several devices share is held by each
-            shapes = [(batch, kv_heads, length, config.head_dim) for length in cache_lengths(config, capacity, self.piece)]
+            shapes = [
+                (batch, kv_heads, length, config.head_dim) for length in cache_lengths(config, capacity, self.piece)
+            ]
             caches = tuple(Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for shape in shapes)
             ids, row = jnp.zeros((batch, MARGIN + capacity), jnp.int32), jnp.zeros(batch, jnp.int32)
             return MemberState(caches, ids, row, row > 0)
@@ -355,7 +357,9 @@ def advance(
 ) -> tuple[State, Int[Array, "batch most_steps"], Int[Array, ""]]:
     """Reads so many pieces of the rows' prompts, and writes up to `steps` tokens: the ids (member 0's), how many."""
     piece = generator.piece
-    state = jax.lax.fori_loop(0, pieces, lambda _, state: read_columns(generator, members, state, piece, False)[1], state)
+    state = jax.lax.fori_loop(
+        0, pieces, lambda _, state: read_columns(generator, members, state, piece, False)[1], state
+    )
     key, rows = jax.random.key(seed), jnp.arange(done.shape[0])
 
     def step(carry):
@@ -364,10 +368,15 @@ def advance(
         logits = combined(generator, [logits[:, 0] for logits in each])
         first, column = state.members[0], state.column - 1
         position = column - first.offset
-        keys = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, position)
+        keys = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(
+            rows, position
+        )
         seen = occurred(generator, first.ids, logits.shape[1]) if sampling.repetition_penalty is not None else None
         entry = choose(adjusted(logits, sampling, seen), sampling, keys).astype(jnp.int32)
-        own = [entry if generator.shared is None else jnp.asarray(generator.shared.ids(m))[entry] for m in range(len(members))]
+        own = [
+            entry if generator.shared is None else jnp.asarray(generator.shared.ids(m))[entry]
+            for m in range(len(members))
+        ]
         written = tuple(
             eqx.tree_at(lambda m: m.ids, member, member.ids.at[:, MARGIN + column + 1].set(new))
             for member, new in zip(state.members, own)
@@ -402,7 +411,9 @@ def verify(
     """
     count, column = draft.shape[0], state.column
     ids = state.members[0].ids
-    proposed = jax.lax.dynamic_update_slice(ids, jnp.broadcast_to(draft, (ids.shape[0], count)), (0, MARGIN + column + 1))
+    proposed = jax.lax.dynamic_update_slice(
+        ids, jnp.broadcast_to(draft, (ids.shape[0], count)), (0, MARGIN + column + 1)
+    )
     member = dataclasses.replace(state.members[0], ids=proposed)
     [found], state = read_columns(generator, members, State((member,), column), count + 1, True)
     position = column - member.offset[0] + jnp.arange(count + 1)
@@ -426,7 +437,9 @@ def verify(
     tokens = jnp.where(jnp.arange(count + 1) < accepted, asked, chosen[accepted])
     tokens = jnp.where(jnp.arange(count + 1) <= accepted, tokens, -1)
     written = jnp.broadcast_to(tokens, (ids.shape[0], count + 1))
-    member = dataclasses.replace(state.members[0], ids=jax.lax.dynamic_update_slice(ids, written, (0, MARGIN + column + 1)))
+    member = dataclasses.replace(
+        state.members[0], ids=jax.lax.dynamic_update_slice(ids, written, (0, MARGIN + column + 1))
+    )
     return State((member,), column + accepted + 1), tokens, accepted + 1
 
 
@@ -470,9 +483,7 @@ def combined(generator: Generator, each: Sequence[Float32[Array, "batch vocab"]]
     return combine([logits[:, :smallest] for logits in each], generator.weights, generator.mean)
 
 
-def occurred(
-    generator: Generator, ids: Int[Array, "batch columns"], entries: int
-) -> Bool[Array, "batch entry"]:
+def occurred(generator: Generator, ids: Int[Array, "batch columns"], entries: int) -> Bool[Array, "batch entry"]:
     """Which entries are among a row's tokens."""
     if generator.shared is not None:
         place = np.full(int(generator.shared.ids(0).max()) + 1, entries, np.int32)

@@ -95,7 +95,9 @@ class ModelDraft:
         if not len(cut):
             return []
         words = 1 + -(-count // 4)
-        [new] = self.generator.generate([cut], SamplingConfig(), words, self.vocabulary.stop_ids, max_bytes=len(rest) + count)
+        [new] = self.generator.generate(
+            [cut], SamplingConfig(), words, self.vocabulary.stop_ids, max_bytes=len(rest) + count
+        )
         spelled = b"".join(self.vocabulary.token_bytes[i] for i in new)
         return [*spelled[len(rest) : len(rest) + count]] if spelled.startswith(rest) else []
 

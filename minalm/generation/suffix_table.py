@@ -55,7 +55,9 @@ def suffix_table(suffixes: LongestSuffix) -> SuffixTable:
     """The table of a search. Host only."""
     text = suffixes.length > 0
     letters = suffixes.keys[text].view(np.uint8).reshape(-1, WINDOW)
-    keys = np.concatenate([letters.view("<u4").astype(np.uint32), suffixes.length[text, None].astype(np.uint32)], axis=1)
+    keys = np.concatenate(
+        [letters.view("<u4").astype(np.uint32), suffixes.length[text, None].astype(np.uint32)], axis=1
+    )
     places = 1 << int(np.ceil(np.log2(max(len(keys), 1) / LOAD)))
     random = np.random.default_rng(0)
     while True:

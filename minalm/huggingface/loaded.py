@@ -50,6 +50,8 @@ def model_folder(name: Path) -> Path:
     """
     if (name / "run.json").is_file() and not (name / "config.json").is_file():
         if not (name / "hf").is_dir():
-            raise InputError(f"the run {name} has exported no model yet: python convert.py export {name} FOLDER writes one")
+            raise InputError(
+                f"the run {name} has exported no model yet: python convert.py export {name} FOLDER writes one"
+            )
         return name / "hf"
     return weights.find(name)

@@ -50,8 +50,8 @@ class LongRopeScaling:
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor of its own for each frequency, in two sets (Phi 3).
 
     Sequences within the original length have the short ones, longer sequences the long ones, from their first position
-    on. The length is that of the arrays, padding included, as in a batch of transformers; of a cache, all that it has
-    room for.
+    on. The length is that of the arrays, padding included, as in a batch of transformers; in generation, that of the
+    row's own text, which is read anew where it grows past the original length (generation/engine.py).
     """
 
     short_factors: tuple[float, ...]
