@@ -25,9 +25,10 @@ LAYERS = (
     ("tokenization",),
     ("batches", "models"),
     ("distill", "huggingface"),
+    ("generation",),
     ("evaluation",),
     ("run",),
-    ("presets",),
+    ("presets", "generate"),
 )
 HOST = ("errors", "text", "tokenization")  # numpy only
 COPIED = "huggingface.modeling_minalm"  # no part of the package: copied into folders, where transformers runs it

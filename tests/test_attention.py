@@ -4,6 +4,7 @@ of all queries and all keys; what a policy saves is not computed again; and the 
 import functools
 import math
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 from programs import equations
 
-from minalm.models import attention, layers, transformer
+from minalm.models import attention, transformer
 from minalm.models.attention import kernel_block, kernel_flops, self_attention
 from minalm.models.config import ModelConfig
 from minalm.parallel.collectives import fsdp_sum
@@ -201,7 +202,7 @@ def test_one_block_is_what_decoding_computes():
     """`layers.attend`, which decoding keeps, is the same function."""
     q, k, v, *_ = arrays(2, 50, 4, 2, 8, False)
     found = jax.jit(lambda: self_attention(q, k, v, np.array(9, np.int32), (9,), SCALE, CAP))()
-    wanted = layers.attend(q, k, v, jnp.arange(50)[None], np.array(9, np.int32), SCALE, CAP)
+    wanted = decoding.attend(q, k, v, jnp.arange(50)[None], np.array(9, np.int32), SCALE, CAP)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -238,7 +239,7 @@ def test_no_array_of_all_queries_and_keys():
         )
         assert found == 2 * 128 * time  # scores of a block of queries of two heads against all keys
     positions = jnp.arange(2048)[None]
-    found = largest(lambda q, k, v: layers.attend(q, k, v, positions, np.array(9, np.int32), SCALE, CAP), 2048)
+    found = largest(lambda q, k, v: decoding.attend(q, k, v, positions, np.array(9, np.int32), SCALE, CAP), 2048)
     assert found == 2 * 2048**2
 
 

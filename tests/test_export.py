@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tokenizers as small
+from decoding import greedy
 from real_tokenizers import real_tokenizer
 from test_convert import compute
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -26,10 +27,9 @@ import convert
 from minalm.huggingface import weights
 from minalm.huggingface.folder import load_vocabularies
 from minalm.models import transformer
-from minalm.models.generate import generate
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
-from minalm.parallel.mesh import make_mesh, shard
+from minalm.parallel.mesh import make_mesh
 from minalm.text.documents import Segment, Special
 from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
@@ -41,7 +41,6 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FLOAT32 = jnp.dtype(jnp.float32)
 # transformers 5 renamed an argument, and warns of the old name.
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 PADDED = 3  # rows of a teacher's tables past its tokenizer
@@ -176,7 +175,7 @@ class Exported:
         entries = VocabularyMask(np.ones(rows, bool), self.vocabulary.boundary_mask(rows))
         mesh = make_mesh(1, 1)
         prompts = [np.array(prompt, np.int32) for prompt in prompts]
-        return generate(shard(self.ours, mesh), shard(entries, mesh), self.suffixes, prompts, new, stop, mesh, FLOAT32)
+        return greedy(self.ours, entries, self.suffixes, prompts, new, mesh, () if stop is None else (stop,))
 
 
 def load(folder: Path, trust: bool) -> tuple[object, object]:
@@ -579,8 +578,8 @@ def test_a_published_model_computes_what_it_did(published):
     )
 
     rows, mesh = vocabulary.size, make_mesh(1, 1)
-    entries = shard(VocabularyMask(np.ones(rows, bool), vocabulary.boundary_mask(rows)), mesh)
-    [found] = generate(shard(ours, mesh), entries, suffixes, [ids], 12, None, mesh, FLOAT32)
+    entries = VocabularyMask(np.ones(rows, bool), vocabulary.boundary_mask(rows))
+    [found] = greedy(ours, entries, suffixes, [ids], 12, mesh)
     for number in range(12):
         assert plain_logits(published, [*ids.tolist(), *found[:number]])[-1].argmax() == found[number]
 

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import attend, generator, greedy
 from jax.sharding import PartitionSpec as P
 from programs import equations
 
+from minalm.generation.engine import Session, read_columns
 from minalm.huggingface import weights as hf
 from minalm.models import layers, transformer
 from minalm.models.config import LinearScaling, LongRopeScaling, ModelConfig, Rope, YarnScaling
-from minalm.models.generate import generate
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import ROWS, make_mesh, shard, shard_map, specs
@@ -174,17 +175,23 @@ def test_every_parameter_moves_the_logits(name):
         assert np.abs(compute(changed, tokens) - expected).max() > 1e-2, leaf
 
 
-@pytest.mark.parametrize("name", ("smollm3", "phi3", "granite"))
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_with_a_cache_is_the_whole_pass(name):
-    """Greedy continuations of 11 tokens to 16, as long as phi3's short factors go."""
-    model, tokens, _ = load(name)
-    mesh, mask = make_mesh(1, 2), VocabularyMask(*np.ones((2, 58), bool))
+    """300 tokens one by one: the logits after each of them, past windows, rings and the first piece of a prompt."""
+    model, _, _ = load(name)
+    mesh, mask = make_mesh(1, 1), VocabularyMask(*np.ones((2, 58), bool))
+    ids = np.random.default_rng(0).integers(0, 58, 300).astype(np.int32)
+    made = generator(model, mask, None, mesh)
+    session = Session(made, [[ids]], 0)
+    state = dataclasses.replace(session.state, column=jnp.int32(session.column + 1 - len(ids)))
+
+    def step(state, _):
+        [found], state = read_columns(made, made.members, state, 1, True)
+        return state, found[0, 0]
+
     with jax.default_matmul_precision("highest"):
-        found = generate(shard(model, mesh), shard(mask, mesh), None, list(tokens), 5, None, mesh, FLOAT32)
-    text = np.concatenate([tokens, np.array(found, np.int32)], axis=1)
-    logits = compute(model, text)
-    assert np.array_equal(logits[:, 10:15].argmax(-1), text[:, 11:])
-    assert np.array_equal(text[:, 11:], found) and len(set(text[:, 11:].flat)) > 2
+        _, found = jax.jit(lambda state: jax.lax.scan(step, state, length=300))(state)
+    np.testing.assert_allclose(found, compute(model, ids[None])[0], rtol=0, atol=1e-4)
 
 
 def test_a_text_that_grows_past_the_length_of_short_factors_is_read_anew():
@@ -193,7 +200,7 @@ def test_a_text_that_grows_past_the_length_of_short_factors_is_read_anew():
     mesh, mask = make_mesh(1, 1), VocabularyMask(*np.ones((2, 58), bool))
     prompts = [tokens[0, :9], np.concatenate([tokens[1], tokens[0, :4]])]
     with jax.default_matmul_precision("highest"):
-        found = generate(shard(model, mesh), shard(mask, mesh), None, prompts, 9, None, mesh, FLOAT32)
+        found = greedy(model, mask, None, prompts, 9, mesh)
     texts = [np.concatenate([prompt, new]).astype(np.int32) for prompt, new in zip(prompts, found)]
     for length in (16, 17):
         logits = compute(model, np.stack([text[:length] for text in texts]))[:, -1]
@@ -309,7 +316,7 @@ def test_what_a_query_sees(window, start, picture):
     k = jax.random.normal(jax.random.key(1), (1, 6, 1, 6))
     one_hot = jnp.eye(6)[None, :, None]
     positions = start + jnp.arange(len(rows))[None]
-    weights = np.asarray(layers.attend(q, k, one_hot, positions, jnp.array(window), 1.0, None))[0, :, 0]
+    weights = np.asarray(attend(q, k, one_hot, positions, jnp.array(window), 1.0, None))[0, :, 0]
     assert ["".join(".#"[int(weight > 0)] for weight in row) for row in weights] == rows
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
 
@@ -329,7 +336,7 @@ def test_attention_against_loops():
                 )
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):
-        found = layers.attend(q, k, v, jnp.arange(7)[None], jnp.array(3), 0.7, 1.5)
+        found = attend(q, k, v, jnp.arange(7)[None], jnp.array(3), 0.7, 1.5)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 

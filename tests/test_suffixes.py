@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from small_tokenizers import GEMMA, vocabulary
 
 from minalm.errors import InputError
+from minalm.generation.suffix_table import suffix_table
 from minalm.text.documents import Segment, Special
 from minalm.tokenization.suffixes import longest_suffix, read_expansion, write_expansion
 from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary
@@ -52,6 +54,40 @@ def test_equals_a_search_through_all_lengths(tokens, data):
     got = longest_suffix(original, student)(np.array(rows, np.int32).reshape(len(rows), time))
     assert got.dtype == np.int32
     assert got.tolist() == expected
+
+
+on_device = jax.jit(lambda table, windows: table(windows))
+
+
+@given(tokens=TOKENS, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_table_on_the_device_finds_the_same(tokens, data):
+    """Of rows that are filled up with -1 before their first id."""
+    special = {"<a>": len(tokens), "<b>": len(tokens) + 1}
+    original = Vocabulary("original", None, None, {}, (*tokens, b"", b""), special, {})
+    search = longest_suffix(original, byte_vocabulary(original, ["<b>", "<a>"]))
+    runs = st.lists(
+        st.one_of(BYTES, st.sampled_from([256, 257]), st.sampled_from(tokens or [b"a"]).map(list)), max_size=20
+    )
+    ids = [i for part in data.draw(runs) for i in (part if isinstance(part, list) else [part])][:80]
+    padded = np.full(15 + 80, -1, np.int32)
+    padded[95 - len(ids) :] = ids
+    found = on_device(suffix_table(search), np.lib.stride_tricks.sliding_window_view(padded, 16)[None])
+    assert (
+        np.asarray(found)[0, 80 - len(ids) :].tolist() == search(np.array([ids], np.int32).reshape(1, -1))[0].tolist()
+    )
+
+
+def test_tables_of_many_tokens():
+    """Nearly all places that can be filled are, and tokens that differ in their first byte, their length or zeros."""
+    random = np.random.default_rng(0)
+    tokens = {bytes(random.integers(0, 3, random.integers(1, 17)).astype(np.uint8)) for _ in range(40_000)}
+    original = Vocabulary("original", None, None, {}, (*tokens, b""), {"<a>": len(tokens)}, {})
+    search = longest_suffix(original, byte_vocabulary(original, ["<a>"]))
+    ids = random.integers(0, 3, (1, 3000)).astype(np.int32)
+    ids[random.random(ids.shape) < 0.01] = 256
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(ids, ((0, 0), (15, 0)), constant_values=-1), 16, axis=1)
+    assert np.array_equal(on_device(suffix_table(search), windows), search(ids))
 
 
 def test_real_kinds_of_tokens():

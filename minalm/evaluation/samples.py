@@ -4,7 +4,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from minalm.batches import Side
-from minalm.models.generate import generate
+from minalm.generation.engine import Generator
+from minalm.generation.sampling import SamplingConfig
+from minalm.huggingface.loaded import LoadedModel
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
 from minalm.text.corpus import Corpus
@@ -27,16 +29,12 @@ def continue_texts(
     prompts = [beginning(piece) for piece in held_out.batch(1, 0, count)]
     vocabulary = side.vocabulary
     encodings = vocabulary.encode(prompts)
-    continued = generate(
-        model,
-        mask,
-        side.suffixes,
+    generator = Generator.of([LoadedModel(model, vocabulary, side.suffixes, mask)], mesh, dtype)
+    continued = generator.generate(
         [encoding.ids for encoding in encodings],
-        new_tokens=NEW_TOKENS,
-        stop=vocabulary.eos_id,
-        mesh=mesh,
-        dtype=dtype,
-        temperature=TEMPERATURE,
+        SamplingConfig(TEMPERATURE),
+        max_tokens=NEW_TOKENS,
+        stop_ids=[] if vocabulary.eos_id is None else [vocabulary.eos_id],
         seed=seed,
     )
     texts = ["".join(content for content, _ in prompt if isinstance(content, str)) for prompt in prompts]

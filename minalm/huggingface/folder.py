@@ -21,7 +21,7 @@ from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
 from minalm.tokenization.vocabulary import Vocabulary
 
 # The keys of generation_config.json that say how to sample. Its other keys hold ids, which a new vocabulary changes.
-SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 NEW_TOKENS, NEW_BYTES = 256, 1024  # that an exported model generates, unless a program says otherwise
 # Files of a model, beside config.json and tensors, that `copy` takes along.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

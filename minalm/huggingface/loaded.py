@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minalm.errors import InputError
 from minalm.huggingface import weights
 from minalm.huggingface.folder import load_vocabularies
 from minalm.models.head import VocabularyMask
@@ -30,8 +31,8 @@ class LoadedModel:
 
     @classmethod
     def read(cls, name: Path) -> "LoadedModel":
-        """A folder, or a model of the hub. Raises InputError."""
-        folder = weights.find(name)
+        """A folder, a model of the hub, or what a run has exported. Raises InputError."""
+        folder = model_folder(name)
         return cls.of(weights.read(folder), *load_vocabularies(folder))
 
     @classmethod
@@ -40,3 +41,17 @@ class LoadedModel:
         rows = model.config.vocab_size
         mask = VocabularyMask(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
         return cls(model, vocabulary, suffixes, mask)
+
+
+def model_folder(name: Path) -> Path:
+    """The Hugging Face folder of a model: that folder itself, `hf/` of a run's folder, or what was fetched of the hub.
+
+    Raises InputError for a run that has exported nothing yet.
+    """
+    if (name / "run.json").is_file() and not (name / "config.json").is_file():
+        if not (name / "hf").is_dir():
+            raise InputError(
+                f"the run {name} has exported no model yet: python convert.py export {name} FOLDER writes one"
+            )
+        return name / "hf"
+    return weights.find(name)

@@ -50,8 +50,8 @@ class LongRopeScaling:
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor of its own for each frequency, in two sets (Phi 3).
 
     Sequences within the original length have the short ones, longer sequences the long ones, from their first position
-    on. The length is that of the arrays, padding included, as in a batch of transformers; of a cache, all that it has
-    room for. A text that grows past the original length is read anew there (generate.py).
+    on. The length is that of the arrays, padding included, as in a batch of transformers; in generation, that of the
+    row's own text, which is read anew where it grows past the original length (generation/engine.py).
     """
 
     short_factors: tuple[float, ...]
@@ -157,21 +157,22 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """The distinct rotary embeddings of the layers; None: not rotated."""
-        return tuple(dict.fromkeys(map(self._rope, range(self.layers))))
+        return tuple(dict.fromkeys(map(self.rope_of, range(self.layers))))
 
     def layer_settings(self) -> tuple[LayerSettings, LayerSettings]:
         """Of the stacked layers 0..n-2, and of the last one."""
         ropes = self.ropes
         settings = LayerSettings(
             window=np.array([window or FULL_ATTENTION for window in self.windows], np.int32),
-            rope=np.array([*map(ropes.index, map(self._rope, range(self.layers)))], np.int32)
+            rope=np.array([*map(ropes.index, map(self.rope_of, range(self.layers)))], np.int32)
             if len(ropes) > 1
             else None,
         )
         stacked = jax.tree.map(lambda array: array[:-1], settings)
         return stacked, jax.tree.map(lambda array: np.asarray(array[-1]), settings)
 
-    def _rope(self, layer: int) -> Rope | None:
+    def rope_of(self, layer: int) -> Rope | None:
+        """The rotary embedding of a layer; None: not rotated."""
         if layer in self.unrotated_layers:
             return None
         return self.local_rope if self.windows[layer] and self.local_rope else self.rope

@@ -26,7 +26,8 @@ class Model(Protocol):
       to shard a model, its gradient and the state of its optimizer.
     * Storage: a checkpoint stores the leaves by their path in the tree. A Hugging Face folder also needs the names of
       the tensors there (huggingface/families.py).
-    * Decoding: generate.py runs a Transformer with a cache. Another kind brings its own `next_logits` and empty caches.
+    * Decoding: generation/decoder.py lays a Transformer out and reads with a cache. Another kind brings its own
+      `lay_out`, `read`, `logits` and `Cache`.
     """
 
     config: Any

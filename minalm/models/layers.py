@@ -4,13 +4,14 @@ Axes: batch, time (queries), key_time, embed, heads, kv_heads, head_dim, mlp.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minalm.parallel.collectives import vary_like
 
@@ -115,29 +116,26 @@ def rotate(
 
 
 def attend(
-    q: Float[Array, "batch time heads head_dim"],
-    k: Float[Array, "batch key_time kv_heads head_dim"],
-    v: Float[Array, "batch key_time kv_heads head_dim"],
-    positions: Int[Array, "rows time"],
-    window: Int[Array | np.ndarray, ""],
+    q: Float[Array, "batch heads time head_dim"],
+    keys: Sequence[Float[Array, "batch kv_heads _ head_dim"]],
+    values: Sequence[Float[Array, "batch kv_heads _ head_dim"]],
+    visible: Bool[Array, "batch time key_time"],
     scale: float,
     cap: float | None,
-) -> Float[Array, "batch time heads head_dim"]:
-    """Causal attention with grouped heads. Key j is at position j, and a query sees the last `window` keys.
+) -> Float[Array, "batch heads time head_dim"]:
+    """Attention with grouped heads to keys that come in parts, for decoding: those of a cache, and new ones.
 
     Scores are capped before the mask (Gemma 2, section 2) and normalised in float32.
     """
-    batch, time, heads, head_dim = q.shape
-    key_time, kv_heads = k.shape[1:3]
+    batch, heads, time, head_dim = q.shape
+    kv_heads = keys[0].shape[1]
     group = heads // kv_heads
     # The query heads of a group become rows of one matrix: fewer, larger products.
-    q = q.reshape(batch, time, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, group * time, head_dim) * jnp.asarray(scale, q.dtype)
-    scores = jnp.einsum("bkqd,bskd->bkqs", q, k, preferred_element_type=jnp.float32)
-    scores = softcap(scores, cap).reshape(batch, kv_heads, group, time, key_time)
-    distance = positions[:, :, None] - jnp.arange(key_time)
-    visible = (distance >= 0) & (distance < window)
+    scores = [jnp.einsum("bkqd,bksd->bkqs", q, part, preferred_element_type=jnp.float32) for part in keys]
+    scores = softcap(jnp.concatenate(scores, axis=-1), cap).reshape(batch, kv_heads, group, time, -1)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, group * time, key_time)
-    mixed = jnp.einsum("bkqs,bskd->bkqd", weights, v).reshape(batch, kv_heads, group, time, head_dim)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, head_dim)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(batch, kv_heads, group * time, -1)
+    parts = jnp.split(weights, np.cumsum([part.shape[2] for part in keys[:-1]]).tolist(), axis=-1)
+    mixed = sum(jnp.einsum("bkqs,bksd->bkqd", part, value) for part, value in zip(parts, values, strict=True))
+    return mixed.reshape(batch, heads, time, head_dim)

@@ -54,13 +54,6 @@ class MLP(eqx.Module):
     down_bias: Float[Array, "*stack embed"] | None = param(None)
 
 
-class Cache(eqx.Module):
-    """Keys and values of the positions read so far, for decoding."""
-
-    k: Float[Array, "*stack batch key_time kv_heads head_dim"]
-    v: Float[Array, "*stack batch key_time kv_heads head_dim"]
-
-
 class Block(eqx.Module):
     attention: Attention
     mlp: MLP
@@ -73,12 +66,10 @@ class Block(eqx.Module):
         self,
         x: Float[Array, "batch time embed"],
         config: ModelConfig,
-        positions: Int[Array, "rows time"],
         rotation: layers.Rotation,
         settings: LayerSettings,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
-        """One layer. With a cache, the keys and values of x are written to it at `positions` and all of it is read."""
+    ) -> Float[Array, "batch time embed"]:
+        """One layer."""
         if settings.rope is not None:
             rotation = jax.tree.map(lambda table: table[settings.rope], rotation)
         weights = gather(self, x.dtype)
@@ -108,13 +99,7 @@ class Block(eqx.Module):
         q = rotate(project(normed, attention.q, attention.q_bias, config.heads), attention.q_norm)
         k = rotate(project(normed, attention.k, attention.k_bias, config.kv_heads), attention.k_norm)
         v = project(normed, attention.v, attention.v_bias, config.kv_heads)
-        scoring = (config.scale, config.attention_softcap)
-        if cache is None:
-            mixed = self_attention(q, k, v, settings.window, config.windows, *scoring)
-        else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = Cache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            mixed = layers.attend(q, cache.k, cache.v, positions, settings.window, *scoring)
+        mixed = self_attention(q, k, v, settings.window, config.windows, config.scale, config.attention_softcap)
         x = x + added(layers.project(mixed, attention.o, inner=2), attention.o_bias, weights.attention_post_norm)
 
         normed, mlp = norm(x, weights.mlp_norm), weights.mlp
@@ -122,7 +107,7 @@ class Block(eqx.Module):
         gate = activation(biased(layers.project(normed, mlp.gate), mlp.gate_bias))
         gated = gate * biased(layers.project(normed, mlp.up), mlp.up_bias)
         x = x + added(layers.project(gated, mlp.down), mlp.down_bias, weights.mlp_post_norm)
-        return x, cache
+        return x
 
 
 def head_norm(
@@ -189,13 +174,12 @@ class Transformer(eqx.Module):
     ) -> TrunkOutput:
         """All but the last block; the states of all layers at the positions `states_at` only, for memory."""
         x = self.embed_tokens(tokens.inputs, tokens.suffix, dtype)
-        x, states, _ = self.stacked_blocks(x, jnp.arange(x.shape[1])[None], remat, states_at)
+        x, states = self.stacked_blocks(x, remat, states_at)
         return TrunkOutput(x, states)
 
     def last_layer(self, output: TrunkOutput, remat: Remat = "none") -> TrunkOutput:
         """The last block; the states of the others stay what they are."""
-        x, _ = self.last_block(output.x, jnp.arange(output.x.shape[1])[None], remat)
-        return TrunkOutput(x, output.states)
+        return TrunkOutput(self.last_block(output.x, remat), output.states)
 
     def tail(
         self,
@@ -224,44 +208,36 @@ class Transformer(eqx.Module):
     def stacked_blocks(
         self,
         x: Float[Array, "batch time embed"],
-        positions: Int[Array, "rows time"],
         remat: Remat = "none",
         states_at: Int[Array, "batch chunk"] | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "batch time embed"], Float[Array, "batch depth chunk embed"] | None, Cache | None]:
-        """All but the last block: their output, the states at `states_at` (of x too), and the cache with x added."""
-        rotation = rotary_tables(self.config, positions, cache, x.dtype)
+    ) -> tuple[Float[Array, "batch time embed"], Float[Array, "batch depth chunk embed"] | None]:
+        """All but the last block: their output, and the states at `states_at` (of x too)."""
+        rotation = rotary_tables(self.config, x.shape[1], x.dtype)
         settings, _ = self.config.layer_settings()
 
         def body(x, layer):
-            block, settings, cache = layer
-            x, cache = block(x, self.config, positions, rotation, settings, cache)
-            return x, (pick(x, states_at), cache)
+            block, settings = layer
+            x = block(x, self.config, rotation, settings)
+            return x, pick(x, states_at)
 
         first = pick(x, states_at)
-        x, (states, cache) = jax.lax.scan(checkpointed(body, remat), x, (self.blocks, settings, cache))
+        x, states = jax.lax.scan(checkpointed(body, remat), x, (self.blocks, settings))
         if states is not None:
             states = jnp.moveaxis(jnp.concatenate([first[None], states]), 0, 1)
-        return x, states, cache
+        return x, states
 
     def last_block(
-        self,
-        x: Float[Array, "batch time embed"],
-        positions: Int[Array, "rows time"],
-        remat: Remat = "none",
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
-        """The last block's output, and its cache with x added."""
-        rotation = rotary_tables(
-            self.config, positions, cache, x.dtype
-        )  # the compiler shares it with the stacked blocks
+        self, x: Float[Array, "batch time embed"], remat: Remat = "none"
+    ) -> Float[Array, "batch time embed"]:
+        """The last block's output."""
+        rotation = rotary_tables(self.config, x.shape[1], x.dtype)  # the compiler shares it with the stacked blocks
         _, settings = self.config.layer_settings()
 
-        def body(last, x, cache):
-            return last(x, self.config, positions, rotation, settings, cache)
+        def body(last, x):
+            return last(x, self.config, rotation, settings)
 
         # Its backward pass runs once for each loss (gradmag.py): the weights are not gathered anew for each.
-        return checkpointed(body, remat, (GATHERED,))(self.last, x, cache)
+        return checkpointed(body, remat, (GATHERED,))(self.last, x)
 
     def final_norm(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
         return layers.rms_norm(x, self.norm, self.config.norm_eps, self.config.norm_plus_one)
@@ -286,14 +262,10 @@ def pick(
     return None if positions is None else jnp.take_along_axis(x, jnp.maximum(positions, 0)[..., None], axis=1)
 
 
-def rotary_tables(
-    config: ModelConfig, positions: Int[Array, "rows time"], cache: Cache | None, dtype: jnp.dtype
-) -> layers.Rotation:
-    """Sines and cosines for all layers: one table, or a stack of one for each of `config.ropes` if these are several.
-
-    Without a cache the positions are those of whole sequences.
-    """
-    length = positions.shape[1] if cache is None else cache.k.shape[-3]
+def rotary_tables(config: ModelConfig, length: int, dtype: jnp.dtype) -> layers.Rotation:
+    """Sines and cosines for all layers, of sequences of this length: one table, or a stack of one for each of
+    `config.ropes` if these are several."""
+    positions = jnp.arange(length)[None]
 
     def table(rope):
         if rope is None:  # turned by nothing: the numbers stay exactly what they are

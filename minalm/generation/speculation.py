@@ -1,0 +1,222 @@
+"""Speculation: a draft proposes some tokens, and the model reads all of them at once (engine.verify). It changes nothing
+but the time: greedy continuations are the same, and samples have the same distribution.
+
+Whether it pays depends on how often drafts are right and on what they cost. Both are measured as the text is written:
+where drafts do not pay, tokens are made one by one, with a trial now and then.
+"""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from minalm.errors import InputError
+from minalm.generation.engine import DRAFT, Generator, filled_up
+from minalm.generation.sampling import Sampling, SamplingConfig
+from minalm.generation.text import Continuation, stop_bytes
+from minalm.text.documents import Markup, Segment
+from minalm.tokenization.vocabulary import Vocabulary
+
+LONGEST, SHORTEST = 8, 3  # tokens at the end of a text that are looked up in it
+FORGETTING = 0.8  # of what was measured, how much counts after one more
+SMALLEST_TRIAL, LARGEST_TRIAL = 16, 256  # tokens that are made one by one before drafts are tried again
+
+
+@runtime_checkable
+class Draft(Protocol):
+    """What proposes tokens."""
+
+    def propose(self, ids: Sequence[int], count: int) -> list[int]:
+        """Up to `count` tokens that may follow a text, a prompt and what was written after it."""
+
+
+@dataclass
+class Statistics:
+    """What drafts were worth."""
+
+    proposed: int = 0
+    accepted: int = 0
+    drafts: int = 0
+    single: int = 0  # tokens made one by one
+
+    def __str__(self) -> str:
+        share = self.accepted / self.proposed if self.proposed else 0.0
+        return (
+            f"drafts {self.drafts:,}, {self.accepted:,} of {self.proposed:,} tokens accepted ({share:.0%}); "
+            f"{self.single:,} tokens made one by one"
+        )
+
+
+class LookupDraft:
+    """Proposes what followed when the last tokens occurred before (prompt lookup)."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+        self.places: dict[tuple[int, ...], int] = {}  # the last tokens -> where the next one is
+
+    def propose(self, ids: Sequence[int], count: int) -> list[int]:
+        """What followed the longest of the text's ends that occurred before."""
+        if list(ids[: len(self.read)]) != self.read:
+            self.read, self.places = [], {}
+        for place in range(max(len(self.read), SHORTEST), len(ids)):
+            for size in range(SHORTEST, min(LONGEST, place) + 1):
+                self.places[tuple(ids[place - size : place])] = place
+        self.read = list(ids)
+        for size in range(min(LONGEST, len(ids)), SHORTEST - 1, -1):
+            place = self.places.get(tuple(ids[-size:]))
+            if place is not None:
+                return self.read[place : place + count]
+        return []
+
+
+class ModelDraft:
+    """Proposes the bytes of the words that a subword model finds most probable."""
+
+    def __init__(self, generator: Generator, student: Vocabulary) -> None:
+        """`student`: the byte vocabulary for which it proposes. Raises InputError if the draft reads other text."""
+        self.generator, (self.vocabulary,) = generator, generator.vocabularies
+        self.student = student
+        if student.tokenizer is not None:
+            raise InputError(f"{student.name} does not write bytes: --draft is for byte students")
+        probe = "e\u0301 \ufb01 \u212b \u1e9b\u0323 \uff21"  # what NFC, NFD, NFKC and NFKD each change
+        if self.vocabulary.normalize(probe) != student.normalize(probe):
+            raise InputError(
+                f"{self.vocabulary.name} normalizes text otherwise than {student.name}: "
+                "draft with the model that the student came from"
+            )
+
+    def propose(self, ids: Sequence[int], count: int) -> list[int]:
+        """The draft's tokenization of the text, less its last token (which the next bytes may still change), goes on
+        with its most probable tokens; if they spell what was taken off, what follows in them is proposed."""
+        cut, rest = self._text(ids)
+        if not len(cut):
+            return []
+        words = 1 + -(-count // 4)
+        [new] = self.generator.generate(
+            [cut], SamplingConfig(), words, self.vocabulary.stop_ids, max_bytes=len(rest) + count
+        )
+        spelled = b"".join(self.vocabulary.token_bytes[i] for i in new)
+        return [*spelled[len(rest) : len(rest) + count]] if spelled.startswith(rest) else []
+
+    def _text(self, ids: Sequence[int]) -> tuple[Int[np.ndarray, " time"], bytes]:
+        """The draft's ids of a text up to a token's border, and the bytes behind it."""
+        words = {i: word for word, i in self.student.special.items()}
+        pieces, run = [], bytearray()
+        for i in (*ids, None):
+            if i is not None and i < 256:
+                run.append(i)
+                continue
+            text = bytes(run).decode(errors="ignore") if i is not None else _whole(bytes(run))
+            pieces += [Segment(text)] if text else []
+            pieces += [] if i is None else [Segment(Markup((words[i],), (words[i],)))]
+            left = bytes(run)[len(text.encode()) :] if i is None else b""
+            run = bytearray()
+        [encoding] = self.vocabulary.encode([tuple(pieces)])
+        cut = encoding.ids
+        if len(ids) and ids[-1] < 256 and len(cut) > 1:
+            left = self.vocabulary.token_bytes[cut[-1]] + left
+            cut = cut[:-1]
+        return cut, left
+
+
+def _whole(text: bytes) -> str:
+    """A text without the beginning of a character at its end."""
+    for cut in range(4):
+        try:
+            return text[: len(text) - cut].decode()
+        except UnicodeDecodeError:
+            continue
+    return text.decode(errors="ignore")
+
+
+@dataclass
+class Pace:
+    """What a token takes with drafts and without, and which is faster."""
+
+    single: float | None = None  # seconds of a token made alone
+    drafted: float | None = None  # seconds of a draft and its verification
+    gained: float = DRAFT / 2  # tokens that they give
+    wait: int = SMALLEST_TRIAL  # tokens to make one by one, where drafts do not pay
+    first: set[str] = field(default_factory=set)  # what has been timed once: that time was compilation
+
+    def note(self, kind: str, seconds: float, tokens: int) -> None:
+        """Takes a measurement in."""
+        if kind not in self.first:
+            self.first.add(kind)
+            return
+        if kind == "single":
+            self.single = _mean(self.single, seconds / max(tokens, 1))
+        else:
+            self.drafted, self.gained = _mean(self.drafted, seconds), _mean(self.gained, tokens)
+
+    def pays(self) -> bool:
+        """Whether drafts are expected to be faster; until both have been timed they are tried."""
+        if self.single is None or self.drafted is None:
+            return True
+        return self.gained * self.single > self.drafted
+
+
+def _mean(so_far, new):
+    """A mean that forgets. A single outlier, a program that was compiled, hardly moves it."""
+    return new if so_far is None else FORGETTING * so_far + (1 - FORGETTING) * min(new, 3 * so_far)
+
+
+def speculate(
+    generator: Generator,
+    prompt: Int[np.ndarray, " _"],
+    draft: Draft,
+    sampling: SamplingConfig,
+    max_tokens: int,
+    stop_ids: Collection[int],
+    stop_strings: Sequence[str] = (),
+    seed: int = 0,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    max_bytes: int | None = None,
+) -> tuple[list[int], Statistics]:
+    """The continuation of one prompt with a draft, and what the draft was worth. Arguments as of `Generator.generate`.
+
+    Raises InputError for an ensemble, and as `Generator.generate` does.
+    """
+    if len(generator.members) > 1:
+        raise InputError("an ensemble has no draft: leave out --draft and --lookup, or name one model")
+    if not len(prompt):
+        raise InputError("prompt 1 is empty: give at least one token to go on from")
+    vocabulary = generator.vocabularies[0]
+    token_bytes = None if vocabulary is None else vocabulary.token_bytes
+    written = Continuation(token_bytes, stop_bytes(stop_strings), max_tokens, max_bytes)
+    arrays, key, stops = Sampling.of(sampling), np.uint32(seed), filled_up(sorted(stop_ids))
+    statistics, pace, alone, done = Statistics(), Pace(), 2, np.zeros(1, bool)
+    session = None
+    while not written.ended:
+        if session is None or session.room() <= DRAFT:
+            text = np.append(prompt, np.array(written.ids, np.int32)).astype(np.int32)
+            session = generator.session([[text]], max_tokens)
+            alone = max(alone, 1)  # what is left of the text is read with the first
+        proposed, began = [], time.perf_counter()
+        if not alone and session.room() > DRAFT:
+            left = max_tokens - len(written.ids)
+            proposed = draft.propose([*prompt.tolist(), *written.ids], min(DRAFT, left))
+        if proposed:
+            new = session.verify(proposed, arrays, key)
+            pace.note("drafted", time.perf_counter() - began, len(new))
+            statistics.drafts += 1
+            statistics.proposed += len(proposed)
+            statistics.accepted += len(new) - 1
+        else:
+            began = time.perf_counter()
+            steps = min(max(alone, 1), max_tokens - len(written.ids), SMALLEST_TRIAL)
+            [new] = session.advance(steps, done, arrays, key, stops).tolist()
+            pace.note("single", time.perf_counter() - began, len(new))
+            statistics.single += len(new)
+            alone = max(alone - len(new), 0)
+        if not pace.pays() and not alone:
+            alone, pace.wait = pace.wait, min(2 * pace.wait, LARGEST_TRIAL)
+        elif proposed and pace.pays():
+            pace.wait = SMALLEST_TRIAL
+        taken = written.add(new, stop_ids)
+        if taken and on_tokens is not None:
+            on_tokens(0, taken)
+    return written.ids, statistics
