@@ -133,7 +133,9 @@ def measure(
             model = TaskModel(scorer, None, date.today().isoformat(), advance)
             answers = harness.run_tasks(model, tasks, config.limit, config.chat)
         found, everything = report.measured(answers, config.task_names), answers["results"]
-    notes = (f"{scorer.cut:,} contexts were longer than {longest:,} tokens and lost their beginning",) * bool(scorer.cut)
+    notes = (f"{scorer.cut:,} contexts were longer than {longest:,} tokens and lost their beginning",) * bool(
+        scorer.cut
+    )
     return ModelResults(name, found, everything, text, notes)
 
 

@@ -307,5 +307,10 @@ def run_tasks(model: TaskModel, tasks: Mapping[str, Any], limit: int | None = No
             return model.vocabularies[0].name.replace("/", "__")
 
     return evaluate(
-        HarnessModel(), dict(tasks), limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, bootstrap_iters=1000
+        HarnessModel(),
+        dict(tasks),
+        limit=limit,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        bootstrap_iters=1000,
     )

@@ -21,7 +21,12 @@ TITLES = {
     "agieval_en": "AGIEval EN",
     "agieval_cn": "AGIEval ZH",
 }
-METRICS = ("acc", "prompt_level_strict_acc", "exact_match", "bits_per_byte")  # the one that a table shows, if it is there
+METRICS = (
+    "acc",
+    "prompt_level_strict_acc",
+    "exact_match",
+    "bits_per_byte",
+)  # the one that a table shows, if it is there
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 
 
@@ -81,7 +86,7 @@ def _tagged(results: Mapping[str, Any], name: str) -> list[str]:
 def table(models: Sequence[ModelResults]) -> str:
     """A Markdown table: a row for each model, in percent with standard errors, and the mean of the columns."""
     names = list(dict.fromkeys(name for model in models for name in model.tasks))
-    names.sort(key=lambda name: (list(TITLES).index(name) if name in TITLES else len(TITLES)))
+    names.sort(key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
     has_text = any(model.bits_per_byte is not None for model in models)
     head = ["model", *(TITLES.get(name, name) for name in names)]
     head += ["Avg."] * (len(names) > 1) + ["bits per byte"] * has_text

@@ -7,8 +7,9 @@ row. No row depends on another, so results are those of each request alone, up t
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Integer
 from minalm.errors import InputError
 from minalm.huggingface.loaded import LoadedModel
 from minalm.huggingface.shared import SharedVocabulary, shared_vocabulary
+from minalm.models.config import LongRopeScaling
 from minalm.models.ensemble import Mean, combine, normalized_weights
 from minalm.models.head import VocabularyMask, block_logits
 from minalm.models.transformer import Transformer, pick
@@ -73,6 +75,10 @@ class Scorer:
         self.vocabulary: SharedVocabulary = shared_vocabulary(models)
         self.batch_size = batch_size + -batch_size % mesh.shape["fsdp"]
         self.cut = 0  # requests whose context was cut so far
+        # With LongRoPE, what a position means depends on whether the whole array is longer than the original length.
+        ropes = [rope for each in models for rope in each.model.config.ropes if rope is not None]
+        scalings = [rope.scaling for rope in ropes if isinstance(rope.scaling, LongRopeScaling)]
+        self._limits = sorted({scaling.original_length for scaling in scalings})
         self._arrays = tuple((shard(each.model, mesh, dtype), shard(each.mask, mesh)) for each in models)
         self._outcome = np.full(max(each.vocabulary.size for each in models), -1, np.int32)
         ids = np.arange(self.vocabulary.size) if self.vocabulary.end is None else self.vocabulary.text_ids
@@ -86,10 +92,8 @@ class Scorer:
         A context that is too long for `longest` loses its beginning, which `cut` counts. Raises InputError for a
         continuation that alone is too long, or that holds what the models do not share.
         """
-        rows = self._rows(requests)
         scores: list[Score | None] = [None] * len(requests)
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
+        for batch in self._batches(self._rows(requests)):
             logp, greedy = self._read(batch)
             for place, row in enumerate(batch):
                 for number, slots in row.slots:
@@ -129,8 +133,16 @@ class Scorer:
             row.slots.append((number, slice(first, first + count)))
         return sorted(rows.values(), key=lambda row: (-row.length, -len(row.targets)))
 
+    def _batches(self, rows: Sequence["_Row"]) -> Iterator[Sequence["_Row"]]:
+        """Rows that are read together, never on both sides of one of `limits`."""
+        for _, alike in itertools.groupby(rows, lambda row: [row.length > limit for limit in self._limits]):
+            group = list(alike)
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
     def _read(self, rows: Sequence["_Row"]) -> tuple[Float32[np.ndarray, "row slot"], Bool[np.ndarray, "row slot"]]:
-        time = padded(max(row.length for row in rows), SHORTEST)
+        time = padded(longest := max(row.length for row in rows), SHORTEST)
+        time = min([time, *(limit for limit in self._limits if limit >= longest)])
         count = padded(max(len(row.targets) for row in rows), FEWEST)
         targets = np.zeros((self.batch_size, count), np.int32)
         members = []
