@@ -52,7 +52,9 @@ def imported(tree: ast.Module) -> set[str]:
 
 def imported_at_once(tree: ast.Module) -> set[str]:
     """The dotted names of the modules that are loaded with a module: not those that its functions import."""
-    inside = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    inside = {
+        node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+    }
     names = set()
     for node in ast.walk(tree):
         if node not in inside and isinstance(node, ast.Import | ast.ImportFrom):

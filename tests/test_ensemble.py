@@ -1,7 +1,5 @@
 """Ensembles against numpy in float64, and what says whether models can be combined."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +8,8 @@ from hypothesis import strategies as st
 from small_tokenizers import vocabulary
 
 from minalm.errors import InputError
-from minalm.huggingface.loaded import LoadedModel
-from minalm.huggingface.shared import shared_vocabulary
-from minalm.models.config import ModelConfig, Rope
+from minalm.generation.members import shared_entries
 from minalm.models.ensemble import combine, normalized_weights
-from minalm.models.transformer import abstract
 
 
 def plain_log_softmax(logits):
@@ -69,54 +64,24 @@ def test_weights():
             normalized_weights(wrong, 2)
 
 
-def loaded(kind, **changes):
-    own = dataclasses.replace(vocabulary(kind), **changes)
-    config = ModelConfig(
-        vocab_size=own.size,
-        embed=8,
-        mlp=8,
-        layers=2,
-        heads=1,
-        kv_heads=1,
-        head_dim=8,
-        windows=(None,) * 2,
-        rope=Rope(100.0),
-    )
-    return LoadedModel.of(abstract(config), own, None)
-
-
 def test_models_of_one_vocabulary_share_all_ids():
-    shared = shared_vocabulary([loaded("llama"), loaded("llama")])
-    assert shared.size == vocabulary("llama").size and shared.end is None
-    rows = jnp.asarray(random_logits(1)[0, :, :, :1]) + jnp.arange(shared.size + 3, dtype=jnp.float32)
-    np.testing.assert_array_equal(shared.outcomes(rows, 1), rows[..., : shared.size])
+    assert shared_entries([vocabulary("llama"), vocabulary("llama")]) is None
 
 
 def test_byte_students_of_different_families_share_bytes_and_an_end():
-    """Their special tokens have other ids: what ends a text is one outcome."""
-    pair = [loaded("bytes of llama"), loaded("bytes of gemma")]
-    shared = shared_vocabulary(pair)
-    assert shared.size == 257 and shared.end == 256 and shared.text_ids.tolist() == [*range(256)]
-    for member, model in enumerate(pair):
-        size = model.vocabulary.size
-        logits = np.random.default_rng(2).normal(0.0, 2.0, (4, size)).astype(np.float32)
-        found = np.asarray(shared.outcomes(jnp.asarray(logits), member), np.float64)
+    """Their special tokens have other ids: what ends a text is one entry."""
+    pair = [vocabulary("bytes of llama"), vocabulary("bytes of gemma")]
+    shared = shared_entries(pair)
+    assert shared.text.tolist() == [*range(256)]
+    for member, own in enumerate(pair):
+        logits = np.random.default_rng(2).normal(0.0, 2.0, (4, own.size)).astype(np.float32)
+        found = np.asarray(shared.of_member(member, jnp.asarray(logits)), np.float64)
         np.testing.assert_array_equal(found[:, :256], logits[:, :256])
-        stops = logits[:, model.vocabulary.stop_ids].astype(np.float64)
-        assert stops.shape[1] >= 1
+        stops = logits[:, own.stop_ids].astype(np.float64)
         np.testing.assert_allclose(found[:, 256], np.log(np.exp(stops).sum(1)), atol=1e-5)
-
-
-def test_a_member_that_never_ends():
-    pair = [loaded("bytes of llama"), loaded("bytes of gemma", names={}, stops=(), chat_template=None)]
-    assert pair[1].vocabulary.stop_ids == []
-    logits = jnp.zeros((1, pair[1].vocabulary.size))
-    assert shared_vocabulary(pair).outcomes(logits, 1)[0, 256] == -jnp.inf
 
 
 @pytest.mark.parametrize("kinds", (("llama", "bytes of llama"), ("llama", "qwen"), ("bytes of gemma", "gemma")))
 def test_other_vocabularies_are_refused(kinds):
-    pair = [loaded(kind) for kind in kinds]
-    with pytest.raises(InputError, match="do not share a vocabulary") as found:
-        shared_vocabulary(pair)
-    assert all(model.vocabulary.name in str(found.value) for model in pair)
+    with pytest.raises(InputError, match="writes text in other tokens"):
+        shared_entries([vocabulary(kind) for kind in kinds])

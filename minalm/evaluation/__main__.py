@@ -9,6 +9,7 @@ A model is a Hugging Face folder, the name of one on the hub (org/name), or a ru
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -24,14 +25,15 @@ from tyro.conf import Positional, arg
 
 from minalm.errors import InputError, check_at_least
 from minalm.evaluation import harness, report
-from minalm.evaluation.harness import TaskModel
+from minalm.evaluation.harness import Generate, TaskModel
 from minalm.evaluation.report import ModelResults
 from minalm.evaluation.scoring import Scorer
 from minalm.evaluation.texts import bits_per_byte, read_documents
+from minalm.generation.engine import Generator
 from minalm.huggingface.folder import read_generation_config
 from minalm.huggingface.loaded import LoadedModel
 from minalm.huggingface.weights import find
-from minalm.models.ensemble import normalized_weights
+from minalm.models.ensemble import Mean, normalized_weights
 from minalm.parallel.distributed import exit_on_input_error
 from minalm.parallel.mesh import MeshConfig, run_mesh
 
@@ -130,13 +132,27 @@ def measure(
             text = bits_per_byte(scorer, documents, config.window, advance)._asdict()
     if tasks is not None:
         with progress(f"{name}: answers") as advance:
-            model = TaskModel(scorer, None, date.today().isoformat(), advance)
+            generate = continuations(models, mesh, dtype, weights, mean)
+            model = TaskModel(scorer, generate, date.today().isoformat(), advance)
             answers = harness.run_tasks(model, tasks, config.limit, config.chat)
         found, everything = report.measured(answers, config.task_names), answers["results"]
     notes = (f"{scorer.cut:,} contexts were longer than {longest:,} tokens and lost their beginning",) * bool(
         scorer.cut
     )
     return ModelResults(name, found, everything, text, notes)
+
+
+def continuations(
+    models: Sequence[LoadedModel], mesh: Mesh, dtype: jnp.dtype, weights: Sequence[float] | None, mean: Mean
+) -> Generate:
+    """What writes for tasks that generate. The models are laid out for that when the first task does."""
+    generator = functools.cache(lambda: Generator.of(models, mesh, dtype, weights, mean))
+    stops = models[0].vocabulary.stop_ids
+
+    def generate(prompts, generation):
+        return generator().generate(prompts, generation.sampling, generation.max_tokens, stops, generation.stop_strings)
+
+    return generate
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from jaxtyping import Int32
 
 from minalm.errors import InputError
 from minalm.evaluation.scoring import Request, Scorer, first_id
+from minalm.generation.sampling import SamplingConfig
 from minalm.huggingface.folder import NEW_BYTES, NEW_TOKENS
 from minalm.text.documents import Markup, Segment, Special
 from minalm.tokenization.chat_template import Render, render
@@ -33,9 +34,7 @@ class Generation:
     """How a task wants a text to go on."""
 
     max_tokens: int
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    sampling: SamplingConfig = SamplingConfig()
     stop_strings: tuple[str, ...] = ()
 
 
@@ -191,18 +190,17 @@ class TaskModel:
         until = (until,) if isinstance(until, str) else tuple(until)
         limits = [left.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
         tokens = next((limit for limit in limits if limit is not None), MAX_TOKENS)
-        temperature = left.pop("temperature", None)
-        samples = left.pop("do_sample", bool(temperature))
-        generation = Generation(
-            max_tokens=int(tokens) * (NEW_BYTES // NEW_TOKENS if self.reads_bytes else 1),
-            temperature=float(1.0 if temperature is None else temperature) if samples else 0.0,
-            top_k=left.pop("top_k", None) if samples else left.pop("top_k", None) and None,
-            top_p=left.pop("top_p", None) if samples else left.pop("top_p", None) and None,
-            stop_strings=tuple(stop for stop in until if stop),
+        temperature, filters = (
+            left.pop("temperature", None),
+            {name: left.pop(name, None) for name in ("top_k", "top_p")},
         )
+        samples = left.pop("do_sample", bool(temperature))
+        sampling = SamplingConfig(1.0 if temperature is None else float(temperature), **filters)
+        sampling = sampling if samples else SamplingConfig()
+        tokens = int(tokens) * (NEW_BYTES // NEW_TOKENS if self.reads_bytes else 1)
         if left:
             raise InputError(f"a task generates with {min(left)!r}, which is not implemented: leave the task out")
-        return generation
+        return Generation(tokens, sampling, tuple(filter(None, until)))
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:

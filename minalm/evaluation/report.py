@@ -99,7 +99,7 @@ def table(models: Sequence[ModelResults]) -> str:
             cells.append(f"{100 * sum(known) / len(known):.1f}" if len(known) == len(names) else "")
         if has_text:
             text = model.bits_per_byte
-            cells.append("" if text is None else _with_error(text["value"], text["error"], 1, 3))
+            cells.append("" if text is None else _with_error(text["value"], text["error"], 1.0, 3))
         rows.append(cells)
     lines = [head, ["---"] * len(head), *rows]
     shown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -114,7 +114,7 @@ def table(models: Sequence[ModelResults]) -> str:
 
 
 def _cell(one: Measured) -> str:
-    return _with_error(one.value, one.error, 100, 1)
+    return _with_error(one.value, one.error, 100.0, 1)
 
 
 def _with_error(value: float, error: float | None, factor: float, digits: int) -> str:

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int, Integer
 
 from minalm.errors import InputError
+from minalm.generation.members import shared_entries
 from minalm.huggingface.loaded import LoadedModel
-from minalm.huggingface.shared import SharedVocabulary, shared_vocabulary
 from minalm.models.config import LongRopeScaling
 from minalm.models.ensemble import Mean, combine, normalized_weights
 from minalm.models.head import VocabularyMask, block_logits
@@ -72,7 +72,6 @@ class Scorer:
         if batch_size < 1:
             raise InputError(f"--batch-size is {batch_size}: it must be at least 1")
         self.models, self.mesh, self.longest = tuple(models), mesh, longest
-        self.vocabulary: SharedVocabulary = shared_vocabulary(models)
         self.batch_size = batch_size + -batch_size % mesh.shape["fsdp"]
         self.cut = 0  # requests whose context was cut so far
         # With LongRoPE, what a position means depends on whether the whole array is longer than the original length.
@@ -80,11 +79,14 @@ class Scorer:
         scalings = [rope.scaling for rope in ropes if isinstance(rope.scaling, LongRopeScaling)]
         self._limits = sorted({scaling.original_length for scaling in scalings})
         self._arrays = tuple((shard(each.model, mesh, dtype), shard(each.mask, mesh)) for each in models)
-        self._outcome = np.full(max(each.vocabulary.size for each in models), -1, np.int32)
-        ids = np.arange(self.vocabulary.size) if self.vocabulary.end is None else self.vocabulary.text_ids
-        self._outcome[ids] = np.arange(len(ids))
+        vocabularies = [each.vocabulary for each in models]
+        shared = shared_entries(vocabularies) if len(models) > 1 else None
+        size = min(each.model.config.vocab_size for each in models)  # of tables, some of which may be padded
+        ids = np.arange(size) if shared is None else shared.text
+        self._entry = np.full(max(size, *(each.size for each in vocabularies)), -1, np.int32)  # of each id
+        self._entry[ids] = np.arange(len(ids))
         settings = {"weights": normalized_weights(weights, len(models)), "mean": mean, "dtype": dtype}
-        self._program = jax.jit(functools.partial(_scores, shared=self.vocabulary, mesh=mesh, **settings))
+        self._program = jax.jit(functools.partial(_scores, shared=shared, size=size, mesh=mesh, **settings))
 
     def __call__(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Score]:
         """The scores of requests, in their order. `progress` hears after each batch how many more requests are done.
@@ -113,7 +115,7 @@ class Scorer:
             count = len(continuation)
             if count == 0:
                 raise InputError("there is nothing to score in an empty continuation: give a text")
-            targets = self._outcome[continuation]
+            targets = self._entry[continuation]
             if (targets < 0).any():
                 raise InputError("a continuation holds a special token, which members of an ensemble do not share")
             if self.longest is not None and count > self.longest:
@@ -165,7 +167,7 @@ class _Row(NamedTuple):
 
     inputs: tuple[Integer[np.ndarray, " _"], ...]  # of each model
     back: list[int]  # for each slot, how many inputs before the last one it lies
-    targets: list[int]  # for each slot, the outcome that is asked for
+    targets: list[int]  # for each slot, the entry that is asked for
     slots: list[tuple[int, slice]]  # of each request of this row, its number and its slots
 
     @property
@@ -198,29 +200,31 @@ def padded(size: int, least: int) -> int:
     return power * 3 // 4 if size <= power * 3 // 4 and power > least else power
 
 
-def _scores(arrays, batch, shared, mesh, weights, mean, dtype):
+def _scores(arrays, batch, shared, size, mesh, weights, mean, dtype):
     """(log p of the targets, whether they are the most probable), [row, slot]."""
     members, targets = batch
     rows, slots = targets.shape
     widest = max(model.config.vocab_size for model, _ in arrays)
-    size = max(1, min(slots, BLOCK_ELEMENTS // (rows * widest)))
-    blocks = -(-slots // size)
+    at_once = max(1, min(slots, BLOCK_ELEMENTS // (rows * widest)))
+    blocks = -(-slots // at_once)
 
     def in_blocks(x):
-        x = jnp.pad(x, ((0, 0), (0, blocks * size - slots), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(rows, blocks, size, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, ((0, 0), (0, blocks * at_once - slots), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(rows, blocks, at_once, *x.shape[2:]), 1, 0)
 
     states = [_states(model, member, mesh, dtype) for (model, _), member in zip(arrays, members, strict=True)]
 
     def of_block(block):
         *hidden, targets = block
-        logits = [
-            shared.outcomes(_logits(model, mask, each, mesh, dtype), number)
-            for number, ((model, mask), each) in enumerate(zip(arrays, hidden, strict=True))
-        ]
+        logits = [_logits(model, mask, each, mesh, dtype) for (model, mask), each in zip(arrays, hidden, strict=True)]
+        if shared is None:
+            logits = [each[:, :size] for each in logits]
+        else:
+            logits = [shared.of_member(number, each) for number, each in enumerate(logits)]
         logp = combine(logits, weights, mean)
-        found = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
-        return found, jnp.argmax(logp, axis=-1) == targets
+        flat = targets.reshape(-1)
+        found = jnp.take_along_axis(logp, flat[:, None], axis=-1)[:, 0], jnp.argmax(logp, axis=-1) == flat
+        return tuple(each.reshape(targets.shape) for each in found)
 
     outputs = jax.lax.map(of_block, tuple(map(in_blocks, (*states, targets))))
     return tuple(jnp.moveaxis(each, 0, 1).reshape(rows, -1)[:, :slots] for each in outputs)
@@ -240,13 +244,12 @@ def _states(model: Transformer, member: _Member, mesh: Mesh, dtype: jnp.dtype) -
 
 def _logits(
     model: Transformer, mask: VocabularyMask, hidden: Float[Array, "row slot embed"], mesh: Mesh, dtype: jnp.dtype
-) -> Float32[Array, "row slot vocab"]:
-    """Logits of all entries; -inf where no entry exists."""
+) -> Float32[Array, "row_x_slot vocab"]:
+    """Logits of all entries, of one row after the other; -inf where no entry exists."""
 
     def head(model, mask, hidden):
         table = gather_channels(model.unembedding, dtype)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return block_logits(flat, table, mask.exists, model.config.final_softcap).reshape(*hidden.shape[:2], -1)
+        return block_logits(hidden.reshape(-1, hidden.shape[-1]), table, mask.exists, model.config.final_softcap)
 
     layout = *specs((model, mask), mesh), ROWS
-    return shard_map(head, mesh, in_specs=layout, out_specs=P("fsdp", None, "tp"))(model, mask, hidden)
+    return shard_map(head, mesh, in_specs=layout, out_specs=P("fsdp", "tp"))(model, mask, hidden)
