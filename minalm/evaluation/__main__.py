@@ -150,7 +150,10 @@ def continuations(
     stops = models[0].vocabulary.stop_ids
 
     def generate(prompts, generation):
-        return generator().generate(prompts, generation.sampling, generation.max_tokens, stops, generation.stop_strings)
+        written = [[] for _ in prompts]  # with the token in which a stop string begins: the text before it counts
+        settings = generation.sampling, generation.max_tokens, stops, generation.stop_strings
+        generator().generate(prompts, *settings, on_tokens=lambda row, ids: written[row].extend(ids))
+        return written
 
     return generate
 

@@ -8,6 +8,7 @@ apart, and the boundary is exact. In a chat the template's special tokens are re
 """
 
 import difflib
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Generation:
     stop_strings: tuple[str, ...] = ()
 
 
-# Continuations of prompts (the ids of each, for each model); without what ends them.
+# Continuations of prompts (the ids of each, for each model), up to what ends them; a stop string may be among them.
 Generate = Callable[[Sequence[tuple[Ids, ...]], Generation], list[list[int]]]
 
 
@@ -127,16 +128,16 @@ class TaskModel:
         for each in (messages, others):
             ((text, why),) = render([Render(template, each, add_generation_prompt=add_generation_prompt)], self.date)
             if text is not None and not add_generation_prompt:  # the last message goes on: without what ends it
-                content = each[-1]["content"]
-                text = text[: text.rindex(content) + len(content)]
+                content = each[-1]["content"].strip()  # as some templates write it
+                text = text[: text.rfind(content) + len(content)]
             if text is not None:
                 return text
         raise InputError(f"{template.file} refuses a chat of the task ({why}): leave out --chat")
 
     def _context(self, text: str) -> tuple[str, ...]:
         """A context as each member reads it."""
-        if text in self._chats or len(self._chats) == 0:
-            return self._chats.get(text, (text,) * len(self.vocabularies))
+        if text in self._chats:
+            return self._chats[text]
         for chat, texts in self._chats.items():  # a task may write something behind the chat
             if text.startswith(chat):
                 return tuple(each + text[len(chat) :] for each in texts)
@@ -163,13 +164,11 @@ class TaskModel:
             ids = tuple(self._ids(member, text) for member, text in enumerate(contexts))
             return Request(ids, self._ids(0, continuation, bos=False))
         spaces = context[len(context.rstrip()) :]
-        contexts, continuation = [text.removesuffix(spaces) for text in contexts], spaces + continuation
-        if not contexts[0]:  # nothing but spaces: the harness' model has no token for it
-            contexts = [""] * len(contexts)
-            ids = tuple(np.array([first_id(vocabulary)], np.int32) for vocabulary in self.vocabularies)
-            return Request(ids, self._ids(0, continuation, bos=False))
-        ids = tuple(self._ids(member, text) for member, text in enumerate(contexts))
-        return Request(ids, self._ids(0, contexts[0] + continuation)[len(ids[0]) :])
+        contexts = [text.removesuffix(spaces) for text in contexts]
+        before = [self._ids(member, text) for member, text in enumerate(contexts)]
+        after = self._ids(0, contexts[0] + spaces + continuation)[len(before[0]) :]
+        firsts = [np.array([first_id(vocabulary)], np.int32) for vocabulary in self.vocabularies]
+        return Request(tuple(ids if len(ids) else first for ids, first in zip(before, firsts)), after)
 
     def _prompt(self, context: str, generation: Generation) -> tuple[Ids, ...]:
         ids = [self._ids(member, text) for member, text in enumerate(self._context(context))]
@@ -190,10 +189,8 @@ class TaskModel:
         until = (until,) if isinstance(until, str) else tuple(until)
         limits = [left.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
         tokens = next((limit for limit in limits if limit is not None), MAX_TOKENS)
-        temperature, filters = (
-            left.pop("temperature", None),
-            {name: left.pop(name, None) for name in ("top_k", "top_p")},
-        )
+        temperature = left.pop("temperature", None)
+        filters = {name: left.pop(name, None) for name in ("top_k", "top_p")}
         samples = left.pop("do_sample", bool(temperature))
         sampling = SamplingConfig(1.0 if temperature is None else float(temperature), **filters)
         sampling = sampling if samples else SamplingConfig()
@@ -228,12 +225,10 @@ def load_tasks(names: Sequence[str], include: Sequence[Path] = (), few_shot: int
     Raises InputError for an unknown task, one whose data cannot be had, and one that runs what the model writes.
     """
     import_harness()
-    from lm_eval.tasks import TaskManager
-
     for folder in include:
         if not folder.is_dir():
             raise InputError(f"--include-path {folder} is no folder: name one that holds task files (.yaml)")
-    manager = TaskManager(include_path=list(map(str, include)) or None)
+    manager = task_manager(tuple(map(str, include)))
     for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
@@ -260,6 +255,14 @@ def load_tasks(names: Sequence[str], include: Sequence[Path] = (), few_shot: int
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # the harness' own
     return found
+
+
+@functools.cache
+def task_manager(include: tuple[str, ...]) -> Any:
+    """The harness' own, which takes seconds to read its thousands of task files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(include) or None)
 
 
 def dataset_of(index: Mapping[str, Any], name: str) -> str:
