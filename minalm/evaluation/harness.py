@@ -238,6 +238,11 @@ def load_tasks(names: Sequence[str], include: Sequence[Path] = (), few_shot: int
     for name in dict.fromkeys(names):
         try:
             loaded = manager.load([name])
+        except ImportError as error:
+            raise InputError(
+                f"task {name} needs a package that is not installed ({error}): pip install it; "
+                "'lm-eval[tasks]' brings those of all tasks"
+            ) from error
         except Exception as error:  # datasets, the hub's client and the network raise whatever they raise
             raise InputError(
                 f"the data of task {name} ({dataset_of(manager.task_index, name)}) cannot be had "
