@@ -599,7 +599,7 @@ def test_bad_input_is_one_sentence(folders, tmp_path, capsys):
     assert "does not exist: name the folder" in refused(capsys, tmp_path / "nothing", *text)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    assert "a run that has not ended" in refused(capsys, tmp_path / "run", *text)
+    assert "has exported no model yet" in refused(capsys, tmp_path / "run", *text)
     assert "--window 2048 is more than the 512" in refused(capsys, model, *text)
     assert "is a file" in refused(capsys, model, *text, "--out", tmp_path / "text.txt")
 
@@ -774,7 +774,7 @@ PAIRS = [
 ]
 
 
-def assert_as_their_model(folder, longest):
+def assert_as_their_model(folder, longest, generates):
     """A model's answers beside those of the harness' `hf` model, in float32."""
     pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed: pip install '.[eval]'")
     pytest.importorskip("accelerate", reason="accelerate is not installed, which the harness' hf model needs")
@@ -798,6 +798,8 @@ def assert_as_their_model(folder, longest):
         whole = [(text,) for _, text in PAIRS]
         expected = theirs.loglikelihood_rolling(asked("loglikelihood_rolling", whole), disable_tqdm=True)
         np.testing.assert_allclose(ours.loglikelihood_rolling([text for (text,) in whole]), expected, atol=1e-3)
+    if not generates:  # what random models write is no UTF-8, which each spells in its own way
+        return
     settings = {"until": ["e", "\n\n"], "max_gen_toks": 12, "do_sample": False}
     questions = [(context, settings) for context, _ in PAIRS[:2]]
     expected = theirs.generate_until(asked("generate_until", questions), disable_tqdm=True)
@@ -807,11 +809,11 @@ def assert_as_their_model(folder, longest):
 @foreign
 @pytest.mark.parametrize("name", ("llama", "llama-bos"))
 def test_answers_are_those_of_the_harness_own_model(folders, name):
-    assert_as_their_model(folders / name, 512)
+    assert_as_their_model(folders / name, 512, generates=False)
 
 
 @foreign
 @pytest.mark.real
 @pytest.mark.parametrize("name", ("smollm2", "gemma3"))
 def test_answers_of_real_models_are_those_of_the_harness_own_model(name):
-    assert_as_their_model(real_model(name), 2048)
+    assert_as_their_model(real_model(name), 2048, generates=True)

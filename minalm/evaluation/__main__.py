@@ -31,8 +31,7 @@ from minalm.evaluation.scoring import Scorer
 from minalm.evaluation.texts import bits_per_byte, read_documents
 from minalm.generation.engine import Generator
 from minalm.huggingface.folder import read_generation_config
-from minalm.huggingface.loaded import LoadedModel
-from minalm.huggingface.weights import find
+from minalm.huggingface.loaded import LoadedModel, model_folder
 from minalm.models.ensemble import Mean, normalized_weights
 from minalm.parallel.distributed import exit_on_input_error
 from minalm.parallel.mesh import MeshConfig, run_mesh
@@ -88,21 +87,12 @@ class Config:
             report.check_out(self.out)
 
 
-def find_model(name: Path) -> Path:
-    """The folder of a model; of a run, that of the student that it has exported. Raises InputError."""
-    if (name / "run.json").is_file():
-        if not (name / "hf" / "config.json").is_file():
-            raise InputError(f"{name} is a run that has not ended: python convert.py export {name} OUT, and name OUT")
-        return name / "hf"
-    return find(name)
-
-
 def main(config: Config) -> None:
     """What can be wrong is found before the first model is read, as far as it can."""
     config.check()
     mesh = run_mesh(config.mesh, config.batch_size, 1)
     documents = read_documents(config.text) if config.text else []
-    folders = [find_model(name) for name in config.models]
+    folders = [model_folder(name) for name in config.models]
     tasks = harness.load_tasks(config.task_names, config.include_path, config.few_shot) if config.task_names else None
     rows = [(*zip(config.models, folders),)] if config.ensemble else [(pair,) for pair in zip(config.models, folders)]
     results = [measure(config, row, tasks, documents, mesh) for row in rows]
