@@ -146,11 +146,13 @@ class Scorer:
         time = padded(longest := max(row.length for row in rows), SHORTEST)
         time = min([time, *(limit for limit in self._limits if limit >= longest)])
         count = padded(max(len(row.targets) for row in rows), FEWEST)
-        targets = np.zeros((self.batch_size, count), np.int32)
+        height = min(self.batch_size, 1 << (len(rows) - 1).bit_length())  # of the last batch, which may be a small one
+        height += -height % self.mesh.shape["fsdp"]
+        targets = np.zeros((height, count), np.int32)
         members = []
         for number, model in enumerate(self.models):
-            inputs = np.zeros((self.batch_size, time), np.int32)
-            places = np.zeros((self.batch_size, count), np.int32)
+            inputs = np.zeros((height, time), np.int32)
+            places = np.zeros((height, count), np.int32)
             for place, row in enumerate(rows):
                 ids = row.inputs[number]
                 inputs[place, : len(ids)] = ids
