@@ -21,7 +21,7 @@ import numpy as np
 
 from minalm.generation.engine import Generator
 from minalm.generation.sampling import SamplingConfig
-from minalm.generation.speculation import LookupDraft, ModelDraft, speculate
+from minalm.generation.speculation import LookupDraft, ModelDraft, Pace, speculate
 from minalm.huggingface.loaded import LoadedModel, model_folder
 from minalm.parallel.mesh import make_mesh
 from minalm.text.documents import Segment
@@ -129,6 +129,7 @@ def speculation(folder: Path, draft: Path | None, new: int, turns: int) -> None:
         drafts["model"] = lambda: ModelDraft(subwords, loaded.vocabulary)
     rows = prompts(loaded, 4, 400)
     rates, notes, texts = {name: [] for name in drafts}, {}, {}
+    paces = {name: Pace() for name in drafts}
     for turn in range(turns + 1):
         for name, make in drafts.items():
             began, found, notes[name] = time.perf_counter(), [], []
@@ -137,7 +138,7 @@ def speculation(folder: Path, draft: Path | None, new: int, turns: int) -> None:
                 if maker is None:
                     found += generator.generate([row], GREEDY, new, ())
                 else:
-                    ids, note = speculate(generator, row, maker, GREEDY, new, ())
+                    ids, note = speculate(generator, row, maker, GREEDY, new, (), pace=paces[name])
                     found.append(ids)
                     notes[name].append(note)
             rates[name] += [written(loaded, found) / (time.perf_counter() - began)] if turn else []

@@ -34,7 +34,7 @@ from tyro.conf import Positional, arg
 from minalm.errors import InputError, check_at_least
 from minalm.generation.engine import Generator, Prompt
 from minalm.generation.sampling import SamplingConfig
-from minalm.generation.speculation import Draft, LookupDraft, ModelDraft, speculate
+from minalm.generation.speculation import Draft, LookupDraft, ModelDraft, Pace, speculate
 from minalm.generation.text import TextStream, stop_bytes
 from minalm.huggingface.folder import GenerationConfig, read_generation_config
 from minalm.huggingface.loaded import LoadedModel, model_folder
@@ -138,6 +138,7 @@ class Writer:
         self.dtype = jnp.dtype(config.dtype or ("float32" if platform == "cpu" else "bfloat16"))
         self.generator = Generator.of(loaded, mesh, self.dtype, config.weights, config.mean)
         self.draft: Draft | None = LookupDraft() if config.lookup else None
+        self.pace = Pace()
         if config.draft is not None:
             subwords = Generator.of([LoadedModel.read(config.draft)], mesh, self.dtype)
             self.draft = ModelDraft(subwords, self.vocabularies[0])
@@ -195,7 +196,9 @@ class Writer:
         if self.draft is None:
             [ids] = self.generator.generate([prompt], self.sampling, room, **common)
         else:
-            ids, statistics = speculate(self.generator, prompt[0], self.draft, self.sampling, room, **common)
+            ids, statistics = speculate(
+                self.generator, prompt[0], self.draft, self.sampling, room, **common, pace=self.pace
+            )
             if config.stats:
                 say(str(statistics))
         take(stream.close())

@@ -38,7 +38,7 @@ def quick_compilation():
 @pytest.fixture
 def always(monkeypatch):
     """Drafts are used whether they pay or not."""
-    monkeypatch.setattr(Pace, "pays", lambda self: True)
+    monkeypatch.setattr(Pace, "wait", lambda self: 0)
 
 
 class Oracle:
@@ -200,12 +200,14 @@ def test_what_occurred_before_is_looked_up():
 
 def test_drafts_that_do_not_pay_are_left():
     pace = Pace()
-    assert pace.pays()
-    for _ in range(20):
+    assert pace.wait() == 0
+    for _ in range(40):
         pace.note("single", 1.0, 1)
         pace.note("drafted", 3.0, 1)
-    assert not pace.pays()
-    for _ in range(20):
+    assert 90 <= pace.wait() <= 101  # (3 - 1) / 0.02 tokens of one second: a trial loses 2 % of them
+    pace.note("drafted", 1000.0, 1)  # a program was compiled
+    assert pace.wait() < 200
+    for _ in range(40):
         pace.note("drafted", 3.0, 6)
-    assert pace.pays()
+    assert pace.wait() == 0
     assert speculation.Statistics(4, 2, 1, 3).__str__().startswith("drafts 1, 2 of 4 tokens accepted (50%)")

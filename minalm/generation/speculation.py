@@ -5,6 +5,7 @@ Whether it pays depends on how often drafts are right and on what they cost. Bot
 where drafts do not pay, tokens are made one by one, with a trial now and then.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from minalm.tokenization.vocabulary import Vocabulary
 
 LONGEST, SHORTEST = 8, 3  # tokens at the end of a text that are looked up in it
 FORGETTING = 0.8  # of what was measured, how much counts after one more
-SMALLEST_TRIAL, LARGEST_TRIAL = 16, 256  # tokens that are made one by one before drafts are tried again
+WITHOUT = 4  # tokens that are made one by one where nothing is proposed
+LOSS = 0.02  # of the time, at most, that goes into trials where drafts do not pay
 
 
 @runtime_checkable
@@ -134,29 +136,28 @@ def _whole(text: bytes) -> str:
 
 @dataclass
 class Pace:
-    """What a token takes with drafts and without, and which is faster."""
+    """What a token takes with drafts and without, and which is faster. One serves many texts."""
 
     single: float | None = None  # seconds of a token made alone
     drafted: float | None = None  # seconds of a draft and its verification
     gained: float = DRAFT / 2  # tokens that they give
-    wait: int = SMALLEST_TRIAL  # tokens to make one by one, where drafts do not pay
     first: set[str] = field(default_factory=set)  # what has been timed once: that time was compilation
 
     def note(self, kind: str, seconds: float, tokens: int) -> None:
         """Takes a measurement in."""
         if kind not in self.first:
             self.first.add(kind)
-            return
-        if kind == "single":
+        elif kind == "single":
             self.single = _mean(self.single, seconds / max(tokens, 1))
         else:
             self.drafted, self.gained = _mean(self.drafted, seconds), _mean(self.gained, tokens)
 
-    def pays(self) -> bool:
-        """Whether drafts are expected to be faster; until both have been timed they are tried."""
+    def wait(self) -> int:
+        """How many tokens to make one by one before the next draft: 0 where drafts are expected to be faster, or have
+        not been timed, and else so many that the next trial costs LOSS of their time."""
         if self.single is None or self.drafted is None:
-            return True
-        return self.gained * self.single > self.drafted
+            return 0
+        return math.ceil(max(self.drafted - self.gained * self.single, 0.0) / (LOSS * self.single))
 
 
 def _mean(so_far, new):
@@ -175,8 +176,10 @@ def speculate(
     seed: int = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     max_bytes: int | None = None,
+    pace: Pace | None = None,
 ) -> tuple[list[int], Statistics]:
-    """The continuation of one prompt with a draft, and what the draft was worth. Arguments as of `Generator.generate`.
+    """The continuation of one prompt with a draft, and what the draft was worth. Arguments as of `Generator.generate`,
+    and `pace`: what is known of the costs from other texts.
 
     Raises InputError for an ensemble, and as `Generator.generate` does.
     """
@@ -188,13 +191,14 @@ def speculate(
     token_bytes = None if vocabulary is None else vocabulary.token_bytes
     written = Continuation(token_bytes, stop_bytes(stop_strings), max_tokens, max_bytes)
     arrays, key, stops = Sampling.of(sampling), np.uint32(seed), filled_up(sorted(stop_ids))
-    statistics, pace, alone, done = Statistics(), Pace(), 2, np.zeros(1, bool)
+    statistics, pace, done = Statistics(), Pace() if pace is None else pace, np.zeros(1, bool)
+    alone = max(pace.wait(), 2)  # tokens to make one by one before the next draft
     session = None
     while not written.ended:
         if session is None or session.room() <= DRAFT:
             text = np.append(prompt, np.array(written.ids, np.int32)).astype(np.int32)
             session = generator.session([[text]], max_tokens)
-            alone = max(alone, 1)  # what is left of the text is read with the first
+            alone = max(alone, 1)  # the text is read with the first
         proposed, began = [], time.perf_counter()
         if not alone and session.room() > DRAFT:
             left = max_tokens - len(written.ids)
@@ -207,15 +211,13 @@ def speculate(
             statistics.accepted += len(new) - 1
         else:
             began = time.perf_counter()
-            steps = min(max(alone, 1), max_tokens - len(written.ids), SMALLEST_TRIAL)
+            steps = min(alone or WITHOUT, max_tokens - len(written.ids))
             [new] = session.advance(steps, done, arrays, key, stops).tolist()
             pace.note("single", time.perf_counter() - began, len(new))
             statistics.single += len(new)
             alone = max(alone - len(new), 0)
-        if not pace.pays() and not alone:
-            alone, pace.wait = pace.wait, min(2 * pace.wait, LARGEST_TRIAL)
-        elif proposed and pace.pays():
-            pace.wait = SMALLEST_TRIAL
+        if proposed:
+            alone = pace.wait()
         taken = written.add(new, stop_ids)
         if taken and on_tokens is not None:
             on_tokens(0, taken)

@@ -146,7 +146,7 @@ def load_models(config: StudentConfig, student_length: int, seed: int) -> Models
     if model.config.layers < 2:
         raise InputError(f"{config.student or config.teacher} has one layer: use a model of at least two")
     tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
-    length = generation_config.max_length or student_length
+    length = max(generation_config.max_length or 0, student_length)  # a teacher's tokens are longer than bytes
     return Models(
         student=LoadedModel.of(model, vocabulary, suffixes),
         teacher=teacher,
