@@ -479,10 +479,17 @@ def test_the_table_has_the_cards_form():
         "| one | 25.0 | 50.0 ± 2.0 | 37.5 |  |",
         "| two |  | 75.0 ± 10.0 |  | 1.235 ± 0.010 |",
         "",
-        "In percent, ± one standard error. MMLU acc of 50 items; ARC-C acc of 50 items.",
+        "In percent; ± one standard error. MMLU acc of 50 items; ARC-C acc of 50 items.",
         "",
         "two: a note.",
     ]
+
+
+def test_what_is_no_share_is_shown_as_it_is():
+    tasks = {"wikitext": Measured("bits_per_byte", 0.8125, None, 62), "piqa": Measured("acc", 0.5, 0.1, 4)}
+    lines = report.table([ModelResults("one", tasks, {}, None)]).splitlines()
+    assert lines[0] == "| model | PiQA | wikitext |" and lines[2] == "| one | 50.0 ± 10.0 | 0.812 |"
+    assert lines[4].startswith("In percent where it is a share;")
 
 
 def test_results_are_written_whole_and_never_replaced(tmp_path):

@@ -27,6 +27,7 @@ METRICS = (
     "exact_match",
     "bits_per_byte",
 )  # the one that a table shows, if it is there
+NO_SHARES = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity")  # neither in percent nor in the mean
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 
 
@@ -88,33 +89,37 @@ def table(models: Sequence[ModelResults]) -> str:
     names = list(dict.fromkeys(name for model in models for name in model.tasks))
     names.sort(key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
     has_text = any(model.bits_per_byte is not None for model in models)
+    shares = [name for name in names if _first(models, name).metric not in NO_SHARES]
     head = ["model", *(TITLES.get(name, name) for name in names)]
-    head += ["Avg."] * (len(names) > 1) + ["bits per byte"] * has_text
+    head += ["Avg."] * (len(shares) > 1) + ["bits per byte"] * has_text
     rows = []
     for model in models:
         cells = [model.name]
         cells += [_cell(model.tasks[name]) if name in model.tasks else "" for name in names]
-        if len(names) > 1:
-            known = [model.tasks[name].value for name in names if name in model.tasks]
-            cells.append(f"{100 * sum(known) / len(known):.1f}" if len(known) == len(names) else "")
+        if len(shares) > 1:
+            known = [model.tasks[name].value for name in shares if name in model.tasks]
+            cells.append(f"{100 * sum(known) / len(known):.1f}" if len(known) == len(shares) else "")
         if has_text:
             text = model.bits_per_byte
             cells.append("" if text is None else _with_error(text["value"], text["error"], 1.0, 3))
         rows.append(cells)
     lines = [head, ["---"] * len(head), *rows]
     shown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    metrics = [
-        f"{TITLES.get(name, name)} {one.metric} of {one.items:,} items"
-        for name in names
-        for one in [next(model.tasks[name] for model in models if name in model.tasks)]
-    ]
-    told = f"In percent, ± one standard error. {'; '.join(metrics)}." if metrics else ""
+    firsts = [(TITLES.get(name, name), _first(models, name)) for name in names]
+    metrics = [f"{title} {one.metric} of {one.items:,} items" for title, one in firsts]
+    unit = "In percent" if len(shares) == len(names) else "In percent where it is a share"
+    told = f"{unit}; ± one standard error. {'; '.join(metrics)}." if metrics else ""
     notes = [f"{model.name}: {note}." for model in models for note in model.notes]
     return "\n\n".join(filter(None, [shown, told, *notes])) + "\n"
 
 
+def _first(models: Sequence[ModelResults], task: str) -> Measured:
+    return next(model.tasks[task] for model in models if task in model.tasks)
+
+
 def _cell(one: Measured) -> str:
-    return _with_error(one.value, one.error, 100.0, 1)
+    factor, digits = (1.0, 3) if one.metric in NO_SHARES else (100.0, 1)
+    return _with_error(one.value, one.error, factor, digits)
 
 
 def _with_error(value: float, error: float | None, factor: float, digits: int) -> str:
