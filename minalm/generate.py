@@ -157,7 +157,10 @@ class Writer:
         return tuple(map(ids, self.vocabularies))
 
     def messages(self, messages: Sequence[dict[str, str]]) -> Prompt:
-        """The ids of a chat, in each model's own template, up to where an answer begins."""
+        """The ids of a chat, in each model's own template, up to where an answer begins; the bare texts, a line each, if no
+        model has one."""
+        if not any(vocabulary.chat_template for vocabulary in self.vocabularies):
+            return self.text("".join(message["content"] + "\n" for message in messages))
         rows = [reader({"messages": list(messages)}, add_generation_prompt=True) for reader in self.readers]
         return tuple(map(encoded, self.vocabularies, rows))
 
@@ -296,6 +299,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
 def talk(writer: Writer, prompt: str | None, messages: list[dict[str, str]]) -> None:
     """A conversation, or one answer to a prompt."""
     asks = prompt is None
+    if not any(vocabulary.chat_template for vocabulary in writer.vocabularies):
+        say("the model has no chat template: it goes on with what is said, as with any text")
     if asks and sys.stdin.isatty():
         say("an empty line, Ctrl-D or Ctrl-C ends the conversation; Ctrl-C within an answer ends the answer")
     while True:

@@ -355,7 +355,8 @@ TEXTS = (
 @pytest.mark.real
 @pytest.mark.parametrize("name", ("smollm2", "gemma3"))
 def test_greedy_text_is_that_of_transformers(name):
-    """64 tokens behind 8 prompts, as a batch. Where ours goes another way, the two tokens are nearly as probable."""
+    """64 tokens behind 8 prompts, as a batch: each is the one that transformers finds most probable behind those before
+    it, so its own greedy text is the same. A tie in float32 may go either way."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     folder = real_model(name)
     loaded = LoadedModel.read(folder)
@@ -364,17 +365,11 @@ def test_greedy_text_is_that_of_transformers(name):
     prompts = [encoding.ids for encoding in loaded.vocabulary.encode([(*bos, Segment(text)) for text in TEXTS])]
     made = Generator.of([loaded], make_mesh(1, 1), FLOAT32)
     found = made.generate(prompts, SamplingConfig(), 64, ())
-    ties = 0
+    ties = []
     for prompt, new in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt.tolist()])
+        assert len(new) == 64
         with torch.no_grad():
-            expected = theirs.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64,
-                eos_token_id=None, pad_token_id=0, repetition_penalty=1.0,
-            )[0, len(prompt) :].tolist()  # fmt: skip
-            if new != expected:
-                same = next(n for n, (a, b) in enumerate(zip(new, expected)) if a != b)
-                logits = theirs(torch.tensor([[*prompt.tolist(), *new[:same]]])).logits[0, -1]
-                assert abs(float(logits[new[same]] - logits[expected[same]])) < 1e-3, (same, new, expected)
-                ties += 1
-    assert ties <= 1
+            logits = theirs(torch.tensor([[*prompt.tolist(), *new[:-1]]])).logits[0, len(prompt) - 1 :].numpy()
+        behind = logits.max(-1) - logits[np.arange(64), new]
+        ties += behind[behind > 0].tolist()
+    assert max(ties, default=0) < 1e-3 and len(ties) <= 2, ties

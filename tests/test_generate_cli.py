@@ -21,7 +21,7 @@ from minalm import generate
 from minalm.errors import InputError
 from minalm.generation.text import Continuation, TextStream, stop_bytes
 from minalm.huggingface.folder import GenerationConfig, save
-from minalm.huggingface.loaded import model_folder
+from minalm.huggingface.loaded import LoadedModel, model_folder
 from minalm.models.config import ModelConfig
 from minalm.models.transformer import initialize
 from minalm.tokenization.suffixes import longest_suffix
@@ -203,6 +203,22 @@ def test_a_conversation(folders, capfd, monkeypatch):
     chat = [("system", "Be short."), ("user", "the cat"), ("assistant", first[:-1]), ("user", "and the dog")]
     prompt = writer.messages([{"role": role, "content": content} for role, content in chat])
     assert both == first + writer.write(prompt, lambda text: None) + "\n"
+
+
+def test_a_conversation_without_a_template_is_a_text(folders, capfd, monkeypatch):
+    """With a model whose template is taken away."""
+
+    class Plain:
+        @staticmethod
+        def read(folder):
+            loaded = LoadedModel.read(folder)
+            return dataclasses.replace(loaded, vocabulary=dataclasses.replace(loaded.vocabulary, chat_template=None))
+
+    monkeypatch.setattr(generate, "LoadedModel", Plain)
+    arguments = folders / "bytes", "--temperature", 0, "--max-bytes", 12
+    heard = written(capfd, *arguments, "--chat", "the cat")
+    assert "has no chat template" in heard.err
+    assert heard.out == written(capfd, *arguments, "the cat\n").out + "\n"
 
 
 def test_an_ensemble(folders, capfd):

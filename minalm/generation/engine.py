@@ -6,6 +6,7 @@ all rows have met a stop id or the asked number is there. The last token of a pr
 Text, stop strings and streaming are the host's (text.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -315,6 +316,10 @@ class Session:
         stops: Int[np.ndarray, " stops"],
     ) -> Int[np.ndarray, "row step"]:
         """Up to `steps` new tokens of each row."""
+        with self._dropped_if_interrupted():
+            return self._advance(steps, done, sampling, seed, stops)
+
+    def _advance(self, steps, done, sampling, seed, stops):
         self.make_room(1)
         steps = min(steps, self.capacity - 1 - self.column, self.room(), MOST_STEPS)
         everyone = np.concatenate([done, np.ones(self.batch - self.rows, bool)])
@@ -326,6 +331,10 @@ class Session:
 
     def verify(self, draft: Sequence[int], sampling: Sampling, seed: np.uint32) -> list[int]:
         """The tokens of a draft that are right for the single row, and one more. All of its text has to be read."""
+        with self._dropped_if_interrupted():
+            return self._verify(draft, sampling, seed)
+
+    def _verify(self, draft, sampling, seed):
         self.make_room(DRAFT + 1)
         padded = np.array([*draft, *[-1] * (DRAFT - len(draft))], np.int32)
         self.state, tokens, made = self.generator._verify(self.generator.members, self.state, padded, sampling, seed)
@@ -334,6 +343,15 @@ class Session:
         self._moved(tokens[: int(made)], int(made))
         self.newest = max(self.newest, newest)
         return tokens[: int(made)].tolist()
+
+    @contextlib.contextmanager
+    def _dropped_if_interrupted(self):
+        """Ctrl-C may come where the device is ahead of what is known here: the next text begins anew."""
+        try:
+            yield
+        except BaseException:
+            self.generator.kept = None
+            raise
 
     def _moved(self, new, count):
         self.pieces = 0
