@@ -579,7 +579,7 @@ def refused(capsys, *arguments) -> str:
 
 def test_the_program_measures_texts(folders, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the user said hello there")
-    one, other, ensemble = "llama-bytes", "gemma-bytes", ("--ensemble", "log", "--weights", "3", "1")
+    one, other, ensemble = "llama-bytes", "gemma-bytes", ("--ensemble", "--mean", "log", "--weights", "3", "1")
     arguments = "--text", tmp_path / "text.txt", "--window", 64
     shown = run(capsys, folders / one, folders / other, *arguments, "--out", tmp_path / "out")
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -601,7 +601,7 @@ def test_bad_input_is_one_sentence(folders, tmp_path, capsys):
     assert "--limit is 0" in refused(capsys, model, *text, "--limit", 0)
     assert "give --ensemble too" in refused(capsys, model, *text, "--weights", 1)
     assert "writes text in other tokens" in refused(
-        capsys, model, folders / "llama-bytes", *text, "--ensemble", "log", "--window", 64
+        capsys, model, folders / "llama-bytes", *text, "--ensemble", "--mean", "log", "--window", 64
     )
     assert "does not exist: name the folder" in refused(capsys, tmp_path / "nothing", *text)
     (tmp_path / "run").mkdir()

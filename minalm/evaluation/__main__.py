@@ -2,7 +2,7 @@
 
     python -m minalm.evaluation SmolLM2-135M-Instruct --tasks arc_easy,piqa --limit 100
     python -m minalm.evaluation runs/smollm2-135m-byte --tasks ifeval --chat --out results/
-    python -m minalm.evaluation smollm2-bytes gemma-bytes --ensemble probability --tasks boolq
+    python -m minalm.evaluation smollm2-bytes gemma-bytes --ensemble --tasks boolq
     python -m minalm.evaluation MODEL OTHER --text held-out.txt
 
 A model is a Hugging Face folder, the name of one on the hub (org/name), or a run of train.py.
@@ -46,10 +46,12 @@ class Config:
     """Tasks or groups of the LM Evaluation Harness, with commas (pip install 'minalm[eval]')."""
     text: tuple[Path, ...] = ()
     """.txt files (one document each), .jsonl files with a `text` a line, or folders of them: bits per byte."""
-    ensemble: Literal["probability", "log"] | None = None
-    """Take the models for one, by their mean probability or their mean log-probability of each token."""
+    ensemble: bool = False
+    """Take the models for one."""
     weights: tuple[float, ...] | None = None
-    """Of each model in the ensemble; they are divided by their sum. Default: equal."""
+    """Of an ensemble's models. Default: equal."""
+    mean: Literal["probability", "log"] = "probability"
+    """Of an ensemble: mean of probabilities, or of their logarithms."""
     limit: int | None = None
     """Only the first so many items of each task."""
     few_shot: int | None = None
@@ -79,9 +81,10 @@ class Config:
             raise InputError("there is no model to measure: name at least one")
         if not self.task_names and not self.text:
             raise InputError("there is nothing to measure: give --tasks or --text")
-        if self.weights is not None and self.ensemble is None:
-            raise InputError("--weights are those of an ensemble: give --ensemble too")
-        if self.ensemble is not None:
+        for name in ("weights", "mean"):
+            if not self.ensemble and getattr(self, name) != getattr(Config, name):
+                raise InputError(f"--{name} is for an ensemble: give --ensemble too")
+        if self.ensemble:
             normalized_weights(self.weights, len(self.models))
         if self.out is not None:
             report.check_out(self.out)
@@ -109,8 +112,7 @@ def measure(
     models = [LoadedModel.read(folder) for _, folder in members]
     lengths = [read_generation_config(folder).max_length for _, folder in members]
     longest = min(filter(None, lengths), default=None)
-    dtype, mean = jnp.dtype(config.compute_dtype), config.ensemble or "probability"
-    weights = config.weights if config.ensemble else None
+    dtype, mean, weights = jnp.dtype(config.compute_dtype), config.mean, config.weights
     scorer = Scorer(models, mesh, dtype, weights, mean, config.batch_size, longest)
     name = names[0]
     if config.ensemble:
