@@ -28,5 +28,5 @@ def attend(q, k, v, positions, window, scale, cap):
     visible = jnp.broadcast_to((distance >= 0) & (distance < window), (q.shape[0], *distance.shape[1:]))
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     cut = k.shape[2] // 2
-    parts = ((x[:, :, :cut], x[:, :, cut:]) for x in (k, v))
-    return layers.attend(q, *parts, visible, scale, cap).swapaxes(1, 2)
+    keys = k[:, :, :cut].swapaxes(2, 3), k[:, :, cut:].swapaxes(2, 3)
+    return layers.attend(q, keys, (v[:, :, :cut], v[:, :, cut:]), visible, scale, cap).swapaxes(1, 2)

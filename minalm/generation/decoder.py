@@ -25,7 +25,7 @@ from minalm.parallel.mesh import layouts, param, shard_map, specs
 class Cache(eqx.Module):
     """Keys and values of one block, in a ring: column c is in slot c modulo the number of slots."""
 
-    k: Float[Array, "batch kv_heads slot head_dim"] = param("fsdp", "tp", None, None)
+    k: Float[Array, "batch kv_heads head_dim slot"] = param("fsdp", "tp", None, None)
     v: Float[Array, "batch kv_heads slot head_dim"] = param("fsdp", "tp", None, None)
 
 
@@ -165,9 +165,9 @@ def read(
     written = []
     for layer, (block, cache) in enumerate(zip(decoder.blocks, caches, strict=True)):
         window = config.windows[layer]
-        if (seen := (window, cache.k.shape[2])) not in masks:
+        if (seen := (window, cache.v.shape[2])) not in masks:
             masks[seen] = _visible(*seen, columns, offset)
-        slots, rotation = columns % cache.k.shape[2], rotations[config.rope_of(layer)]
+        slots, rotation = columns % cache.v.shape[2], rotations[config.rope_of(layer)]
         x, cache = _read_block(block, config, x, rotation, cache, slots, window is not None, masks[seen])
         written.append(cache)
     x = layers.rms_norm(x, decoder.norm, config.norm_eps, config.norm_plus_one)
@@ -237,14 +237,14 @@ def _read_block(block, config, x, rotation, cache, slots, wraps, visible):
     qkv = qkv.reshape(batch, time, -1, config.head_dim)
     q, k, v = jnp.split(qkv, (qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads), axis=2)
     q, k = turned(q, block.q_norm), turned(k, block.k_norm)
-    new = Cache(by_head(k), by_head(v))
+    new = Cache(by_head(k).swapaxes(2, 3), by_head(v))
     # The new keys are not read from the cache, so that it can be written in place, behind all that reads it.
     parts = (cache.k, new.k), (cache.v, new.v)
     mixed = layers.attend(by_head(q), *parts, visible, config.scale, config.attention_softcap)
     # The write is made to depend on what was read, which XLA cannot see through: else it copies the cache, twice a step.
     read = mixed[0, 0, 0, 0]
     new = jax.tree.map(lambda array: jnp.where(read == read, array, jnp.nan), new)
-    cache = Cache(_written(cache.k, new.k, slots, wraps), _written(cache.v, new.v, slots, wraps))
+    cache = Cache(_written(cache.k, new.k, slots, wraps, 3), _written(cache.v, new.v, slots, wraps, 2))
     x = x + added(
         layers.project(by_head(mixed).reshape(batch, time, -1), block.o), block.o_bias, block.attention_post_norm
     )
@@ -256,8 +256,8 @@ def _read_block(block, config, x, rotation, cache, slots, wraps, visible):
     return x, cache
 
 
-def _written(cache, new, slots, wraps):
-    """A cache with new keys or values in consecutive slots; in place where XLA may."""
-    if new.shape[2] == 1 or not wraps:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, slots[0], axis=2)
-    return cache.at[:, :, slots].set(new)
+def _written(cache, new, slots, wraps, axis):
+    """A cache with new keys or values in consecutive slots of an axis; in place where XLA may."""
+    if new.shape[axis] == 1 or not wraps:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, slots[0], axis)
+    return cache.at[(*[slice(None)] * axis, slots)].set(new)

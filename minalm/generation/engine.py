@@ -202,10 +202,13 @@ class Generator:
 
         def member(config):
             kv_heads = max(config.kv_heads, self.mesh.shape["tp"])  # one that several devices share is held by each
-            shapes = [
-                (batch, kv_heads, length, config.head_dim) for length in cache_lengths(config, capacity, self.piece)
-            ]
-            caches = tuple(Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for shape in shapes)
+            heads, channels = (batch, kv_heads), config.head_dim
+            caches = tuple(
+                Cache(
+                    jnp.zeros((*heads, channels, slots), self.dtype), jnp.zeros((*heads, slots, channels), self.dtype)
+                )
+                for slots in cache_lengths(config, capacity, self.piece)
+            )
             ids, row = jnp.zeros((batch, MARGIN + capacity), jnp.int32), jnp.zeros(batch, jnp.int32)
             return MemberState(caches, ids, row, row > 0)
 
@@ -221,7 +224,7 @@ class Generator:
         def member(config, state):
             lengths = cache_lengths(config, capacity, self.piece)
             caches = tuple(
-                jax.tree.map(lambda array, length=length: longer(array, 2, length, 0), cache)
+                Cache(longer(cache.k, 3, length, 0), longer(cache.v, 2, length, 0))
                 for cache, length in zip(state.caches, lengths, strict=True)
             )
             ids = longer(state.ids, 1, MARGIN + capacity, -1)

@@ -210,10 +210,11 @@ def speculate(
             statistics.proposed += len(proposed)
             statistics.accepted += len(new) - 1
         else:
-            began = time.perf_counter()
+            began, reads = time.perf_counter(), session.pieces > 0
             steps = min(alone or WITHOUT, max_tokens - len(written.ids))
             [new] = session.advance(steps, done, arrays, key, stops).tolist()
-            pace.note("single", time.perf_counter() - began, len(new))
+            if not reads:  # a call that reads the prompt too does not say what a token takes
+                pace.note("single", time.perf_counter() - began, len(new))
             statistics.single += len(new)
             alone = max(alone - len(new), 0)
         if proposed:
