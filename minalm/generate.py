@@ -103,8 +103,8 @@ class Config:
     batch_size: int = 8
     """Rows of --prompts that are written together."""
     mesh: MeshConfig = MeshConfig(fsdp=1)
-    compiled: Path | None = Path("~/.cache/minalm/compiled")
-    """Where compiled programs are kept for the next start; None: nowhere."""
+    compilation_cache: Path | None = None
+    """Folder in which JAX keeps compiled programs for the next start."""
 
     def check(self) -> None:
         """Raises InputError for settings that make no sense or do not go together."""
@@ -354,8 +354,8 @@ def run(config: Config) -> None:
             lines = config.prompts.read_text("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise InputError(f"{config.prompts} is not UTF-8 ({error}): give a text file") from error
-    if config.compiled is not None:
-        jax.config.update("jax_compilation_cache_dir", str(config.compiled.expanduser()))
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
     writer = Writer(config, names)
     if lines is not None:
         for line, text in zip(lines, writer.write_all(lines)):

@@ -141,7 +141,7 @@ def written(capfd, *arguments, text=None, monkeypatch=None):
 
 
 def parsed(arguments):
-    return generate.parse([*map(str, arguments), "--compiled", "None"])
+    return generate.parse([*map(str, arguments)])
 
 
 def test_a_pipe_gets_the_text_alone(folders, capfd, monkeypatch):
@@ -267,7 +267,7 @@ def test_a_run_without_a_model_says_how_to_make_one(tmp_path):
 
 def test_ctrl_c_ends_the_program_quietly(folders):
     """While it waits for a prompt, and while it writes."""
-    command = [sys.executable, "-m", "minalm.generate", str(folders / "bytes"), "--compiled", "None"]
+    command = [sys.executable, "-m", "minalm.generate", str(folders / "bytes")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     settings = dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     process = subprocess.Popen([*command, "--max-bytes", "280", "the cat"], **settings)
