@@ -555,8 +555,11 @@ def test_a_template_of_no_use_is_an_error_where_chats_are_needed(tmp_path, monke
     assert time.monotonic() - began < 20
     # The process that renders is as good as new.
     assert render([Render(ChatTemplate("t", {"default": "a"}, {}), [])], DATE) == [("a", "")]
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert children < 2 * sandbox.MEMORY
+    # A process that is forked counts as large as its parent, which after many tests is the larger of the two.
+    parent, children = (
+        1024 * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    assert children < max(2 * sandbox.MEMORY, 1.1 * parent)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import greedy
 from forward import logits
 from real_models import real_model
 
 import convert
 from minalm.huggingface import weights
 from minalm.huggingface.folder import load_vocabularies
-from minalm.models.generate import generate
 from minalm.models.head import VocabularyMask
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
 from minalm.text.documents import Segment, Special
@@ -112,7 +112,7 @@ def measure_bytes(folder: Path) -> tuple[float, list[int], list[int]]:
     found = model.generate(**inputs, do_sample=False, max_new_tokens=20, min_new_tokens=20)
     mesh, rows = make_mesh(1, 1), vocabulary.size
     entries = shard(VocabularyMask(np.ones(rows, bool), vocabulary.boundary_mask(rows)), mesh)
-    [continued] = generate(placed, entries, suffixes, [ids], 20, None, mesh, FLOAT32)
+    [continued] = greedy(placed, entries, suffixes, [ids], 20, mesh)
     return difference, continued, found[0, len(ids) :].tolist()
 
 
