@@ -164,6 +164,19 @@ class Writer:
         rows = [reader({"messages": list(messages)}, add_generation_prompt=True) for reader in self.readers]
         return tuple(map(encoded, self.vocabularies, rows))
 
+    def conversation(self, messages: list[dict[str, str]]) -> Prompt:
+        """The ids of `messages`, from which the oldest questions and their answers are taken, and said to be, as long as less
+        than a quarter of the model's positions is left for an answer."""
+        while True:
+            prompt = self.messages(messages)
+            questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
+            if self.positions is None or len(questions) == 1:
+                return prompt
+            if 4 * max(map(len, prompt)) <= 3 * self.positions:
+                return prompt
+            del messages[questions[0] : questions[1]]
+            say(f"the oldest question and its answer are left out: the model has {self.positions:,} positions")
+
     def room(self, prompts: Sequence[Prompt]) -> int:
         """Tokens that may follow prompts. Raises InputError for one that is too long."""
         longest = max(len(ids) for prompt in prompts for ids in prompt)
@@ -317,7 +330,7 @@ def talk(writer: Writer, prompt: str | None, messages: list[dict[str, str]]) -> 
             show(text)
 
         try:
-            writer.write(writer.messages(messages), heard)
+            writer.write(writer.conversation(messages), heard)
         except KeyboardInterrupt:
             if not asks:
                 raise

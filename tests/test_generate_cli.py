@@ -221,6 +221,22 @@ def test_a_conversation_without_a_template_is_a_text(folders, capfd, monkeypatch
     assert heard.out == written(capfd, *arguments, "the cat\n").out + "\n"
 
 
+def test_a_long_conversation_forgets_its_beginning(folders):
+    writer = generate.Writer(parsed([folders / "bytes", "--chat"]), [folders / "bytes"])
+    messages = [{"role": "system", "content": "Be short."}]
+    for number in range(4):
+        messages += [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": "answer"}]
+    messages.append({"role": "user", "content": "the last"})
+    kept = [messages[0], *messages[5:]]
+    writer.positions = 4 * len(writer.messages(kept)[0]) // 3 + 2
+    prompt = writer.conversation(messages)
+    assert messages == kept
+    np.testing.assert_array_equal(prompt[0], writer.messages(kept)[0])
+    writer.positions = 1  # the last question stays, to be refused if it is too long
+    writer.conversation(messages)
+    assert [message["content"] for message in messages] == ["Be short.", "the last"]
+
+
 def test_an_ensemble(folders, capfd):
     arguments = "--temperature", 0, "--max-bytes", 16, "the cat"
     alone = written(capfd, folders / "bytes", *arguments).out
