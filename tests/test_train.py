@@ -603,7 +603,7 @@ def narrow(files, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("compared", ("last", "all"))
+@pytest.mark.parametrize("compared", ("last", pytest.param("all", marks=pytest.mark.slow)))
 def test_a_narrower_student_compares_hidden_states_through_a_map(files, narrow, tmp_path, compared, capsys):
     """The map is trained and saved with the run, and is no part of the student."""
     changes = {"student": narrow, "teacher_length": 64, "losses__latents_layers": compared}
@@ -761,7 +761,7 @@ def test_pretraining_without_a_teacher(files, tmp_path, monkeypatch):
     assert weights.load(tmp_path / "run" / "hf", np.float32).config == tiny
 
 
-@pytest.mark.parametrize("student", ("bytes", "subwords"))
+@pytest.mark.parametrize("student", ("bytes", pytest.param("subwords", marks=pytest.mark.slow)))
 def test_unbiased_chunks(files, tmp_path, monkeypatch, capsys, student):
     """From text to values to a run; then other values are found out, and few of them end fewer chunks."""
     other = {} if student == "bytes" else {"student_tokenizer": files.tokenizer}
