@@ -18,7 +18,9 @@ import datetime
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,25 +200,28 @@ class Writer:
             parts.append(text)
             show(text)
 
-        def on_tokens(_, new):
-            take(stream.add(b"".join(vocabulary.token_bytes[i] for i in new)))
-
         room = self.room([prompt])
-        common = dict(
-            stop_ids=self.stop_ids,
-            stop_strings=config.stop,
-            seed=config.seed,
-            on_tokens=on_tokens,
-            max_bytes=config.max_bytes,
-        )
-        if self.draft is None:
-            [ids] = self.generator.generate([prompt], self.sampling, room, **common)
-        else:
-            ids, statistics = speculate(
-                self.generator, prompt[0], self.draft, self.sampling, room, **common, pace=self.pace
+        with interrupts_between_steps() as check_interrupt:
+
+            def on_tokens(_, new):
+                take(stream.add(b"".join(vocabulary.token_bytes[i] for i in new)))
+                check_interrupt()
+
+            common = dict(
+                stop_ids=self.stop_ids,
+                stop_strings=config.stop,
+                seed=config.seed,
+                on_tokens=on_tokens,
+                max_bytes=config.max_bytes,
             )
-            if config.stats:
-                say(str(statistics))
+            if self.draft is None:
+                [ids] = self.generator.generate([prompt], self.sampling, room, **common)
+            else:
+                ids, statistics = speculate(
+                    self.generator, prompt[0], self.draft, self.sampling, room, **common, pace=self.pace
+                )
+                if config.stats:
+                    say(str(statistics))
         take(stream.close())
         if len(ids) == room < config.max_bytes:
             say(f"the model's {self.positions:,} positions (max_position_embeddings) are full")
@@ -230,19 +235,22 @@ class Writer:
             streams = [TextStream(stop_bytes(config.stop), config.max_bytes) for _ in prompts]
             parts: list[list[str]] = [[] for _ in prompts]
 
-            def on_tokens(row, new, streams=streams, parts=parts):
-                parts[row].append(streams[row].add(b"".join(vocabulary.token_bytes[i] for i in new)))
+            with interrupts_between_steps() as check_interrupt:
 
-            self.generator.generate(
-                prompts,
-                self.sampling,
-                self.room(prompts),
-                self.stop_ids,
-                config.stop,
-                config.seed + start,
-                on_tokens,
-                config.max_bytes,
-            )
+                def on_tokens(row, new, streams=streams, parts=parts, check_interrupt=check_interrupt):
+                    parts[row].append(streams[row].add(b"".join(vocabulary.token_bytes[i] for i in new)))
+                    check_interrupt()
+
+                self.generator.generate(
+                    prompts,
+                    self.sampling,
+                    self.room(prompts),
+                    self.stop_ids,
+                    config.stop,
+                    config.seed + start,
+                    on_tokens,
+                    config.max_bytes,
+                )
             yield from ("".join([*said, stream.close()]) for said, stream in zip(parts, streams, strict=True))
 
     @property
@@ -287,6 +295,34 @@ def sampling_of(given: Sampling, own: GenerationConfig, vocabulary: Vocabulary, 
 def say(text: str) -> None:
     """A line beside the text."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Within it, Ctrl-C is kept until the function that it gives is called, which then raises KeyboardInterrupt: in the
+    middle of a step, an exception would leave buffers that are given away, or crash the compiler. A second Ctrl-C ends
+    the program at once."""
+    pressed = False
+
+    def press(*_):
+        nonlocal pressed
+        if pressed:
+            os._exit(130)
+        pressed = True
+
+    def check():
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main one
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+    check()  # pressed after the last token
 
 
 def show(text: str) -> None:

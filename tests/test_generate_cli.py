@@ -284,13 +284,13 @@ def test_a_run_without_a_model_says_how_to_make_one(tmp_path):
 def test_ctrl_c_ends_the_program_quietly(folders):
     """While it waits for a prompt, and while it writes."""
     command = [sys.executable, "-m", "minalm.generate", str(folders / "bytes")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     settings = dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     process = subprocess.Popen([*command, "--max-bytes", "280", "the cat"], **settings)
     assert process.stdout.read(1)  # it writes
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert b"Traceback" not in error and process.returncode in (130, 0)  # 0: it was done
+    assert b"Traceback" not in error and process.returncode in (130, 0), error.decode()  # 0: it was done
     process = subprocess.Popen([*command, "--chat"], **settings)
     process.stdin.write(b"the\n")
     process.stdin.flush()
@@ -298,4 +298,4 @@ def test_ctrl_c_ends_the_program_quietly(folders):
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert b"Traceback" not in error and process.returncode == 0
+    assert b"Traceback" not in error and process.returncode == 0, error.decode()
