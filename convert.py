@@ -32,8 +32,8 @@ from minalm.huggingface.folder import copy, read_generation_config, save
 from minalm.huggingface.loaded import LoadedModel
 from minalm.huggingface.weights import find
 from minalm.models.config import ModelConfig
+from minalm.models.kinds import parameter_counts
 from minalm.models.student import student_from_teacher
-from minalm.models.transformer import parameter_counts
 from minalm.parallel.distributed import exit_on_input_error
 from minalm.run import checkpoint
 from minalm.run.export import export as export_run

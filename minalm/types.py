@@ -9,6 +9,14 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from numpy import ndarray
 
 
+class Guide(eqx.Module):
+    """What a Bolmo student is given of its subword teacher in stage 1, where the teacher's tokens end."""
+
+    states: Float[Array, "batch patch embed"]  # after the last block: what the student's decoder reads
+    early: Float[Array, "batch patch embed"]  # after the first `blocks`, with which the student's are compared
+    blocks: int = eqx.field(static=True)
+
+
 class Tokens(eqx.Module):
     """One side of a batch. `targets[:, t]` follows `inputs[:, t]`; the last target is padding of weight 0."""
 
@@ -18,6 +26,10 @@ class Tokens(eqx.Module):
     suffix: (
         Int[Array | ndarray, "batch time"] | None
     )  # longest original subword ending at inputs[:, t]; None: no expansion
+    # Bolmo students: the position at which each token of the teacher ends, -1 where there is none. As many patches have
+    # a place.
+    patch_ends: Int[Array | ndarray, "batch patch"] | None = None
+    guide: Guide | None = None  # stage 1: patches end where the teacher's tokens do, and its states stand for them
 
 
 class AlignedChunks(eqx.Module):
@@ -79,6 +91,14 @@ class ByteScores(eqx.Module):
     greedy: Bool[Array, "batch time"]  # whether the most probable outcome is the same
 
 
+class PatchOutput(eqx.Module):
+    """Of a Bolmo student: where its patches end."""
+
+    boundary: Float32[Array, "batch time"]  # log of the probability that one ends at inputs[:, t]
+    ends: Float32[Array, "batch time"]  # 1 where one does, else 0
+    early: Float[Array, "batch patch embed"] | None  # states to be compared with those of a guide
+
+
 class ModelOutput(eqx.Module):
     """All that a loss may know of a model. What was not asked for is None."""
 
@@ -86,3 +106,5 @@ class ModelOutput(eqx.Module):
     states: Float[Array, "batch depth chunk embed"] | None = None  # at the ends of chunks
     byte_targets: ByteTargets | None = None  # of a teacher
     byte_scores: ByteScores | None = None  # of a student
+    patches: PatchOutput | None = None  # of a Bolmo student
+    guide: Guide | None = None  # of its teacher

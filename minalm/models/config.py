@@ -1,4 +1,4 @@
-"""ModelConfig: the architecture of a decoder-only transformer; a family is a value of it."""
+"""ModelConfig: the architecture of a decoder-only transformer; a family is a value of it. BolmoConfig: one around it."""
 
 import dataclasses
 import math
@@ -176,3 +176,35 @@ class ModelConfig:
         if layer in self.unrotated_layers:
             return None
         return self.local_rope if self.windows[layer] and self.local_rope else self.rope
+
+
+@dataclasses.dataclass(frozen=True)
+class BolmoConfig:
+    """The architecture of a Bolmo: a byte encoder and a byte decoder around the blocks of a subword model."""
+
+    vocab_size: int  # bytes and special tokens; as many ids again are those of a byte that also ends a patch
+    expansion_size: int  # rows of the subword model's table, added at input
+    blocks: ModelConfig  # of the subword model, whose blocks read the patches; nothing reads its tables
+    heads: int  # of the mLSTM layers
+    mlp: int  # hidden units of the byte blocks
+    encoder_layers: int = 1
+    decoder_layers: int = 4
+    # Of the norms between the encoder, the subword model's blocks and the decoder; all others have that of the blocks.
+    local_norm_eps: float = 1e-5
+
+    @property
+    def embed(self) -> int:
+        return self.blocks.embed
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of a head's queries and keys; its values have twice as many."""
+        return self.embed // 2 // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.embed // self.heads
+
+    @property
+    def norm_eps(self) -> float:
+        return self.blocks.norm_eps

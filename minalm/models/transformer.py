@@ -174,12 +174,12 @@ class Transformer(eqx.Module):
     ) -> TrunkOutput:
         """All but the last block; the states of all layers at the positions `states_at` only, for memory."""
         x = self.embed_tokens(tokens.inputs, tokens.suffix, dtype)
-        x, states = self.stacked_blocks(x, remat, states_at)
+        x, states = stacked_blocks(self.blocks, self.config, x, remat, states_at)
         return TrunkOutput(x, states)
 
     def last_layer(self, output: TrunkOutput, remat: Remat = "none") -> TrunkOutput:
         """The last block; the states of the others stay what they are."""
-        return TrunkOutput(self.last_block(output.x, remat), output.states)
+        return TrunkOutput(last_block(self.last, self.config, output.x, remat), output.states)
 
     def tail(
         self,
@@ -205,46 +205,52 @@ class Transformer(eqx.Module):
             byte_scores=None if targets is None else byte_scores(x, table, mask, cap, targets),
         )
 
-    def stacked_blocks(
-        self,
-        x: Float[Array, "batch time embed"],
-        remat: Remat = "none",
-        states_at: Int[Array, "batch chunk"] | None = None,
-    ) -> tuple[Float[Array, "batch time embed"], Float[Array, "batch depth chunk embed"] | None]:
-        """All but the last block: their output, and the states at `states_at` (of x too)."""
-        rotation = rotary_tables(self.config, x.shape[1], x.dtype)
-        settings, _ = self.config.layer_settings()
-
-        def body(x, layer):
-            block, settings = layer
-            x = block(x, self.config, rotation, settings)
-            return x, pick(x, states_at)
-
-        first = pick(x, states_at)
-        x, states = jax.lax.scan(checkpointed(body, remat), x, (self.blocks, settings))
-        if states is not None:
-            states = jnp.moveaxis(jnp.concatenate([first[None], states]), 0, 1)
-        return x, states
-
-    def last_block(
-        self, x: Float[Array, "batch time embed"], remat: Remat = "none"
-    ) -> Float[Array, "batch time embed"]:
-        """The last block's output."""
-        rotation = rotary_tables(self.config, x.shape[1], x.dtype)  # the compiler shares it with the stacked blocks
-        _, settings = self.config.layer_settings()
-
-        def body(last, x):
-            return last(x, self.config, rotation, settings)
-
-        # Its backward pass runs once for each loss (gradmag.py): the weights are not gathered anew for each.
-        return checkpointed(body, remat, (GATHERED,))(self.last, x)
-
     def final_norm(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
         return layers.rms_norm(x, self.norm, self.config.norm_eps, self.config.norm_plus_one)
 
     def before_head(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
         """What the head reads of the states after the final norm: divided, and so are the logits (Granite)."""
         return layers.scaled(x, 1.0 / self.config.logits_divisor)
+
+
+def stacked_blocks(
+    blocks: Block,
+    config: ModelConfig,
+    x: Float[Array, "batch time embed"],
+    remat: Remat = "none",
+    states_at: Int[Array, "batch chunk"] | None = None,
+    most: int | None = None,
+) -> tuple[Float[Array, "batch time embed"], Float[Array, "batch depth chunk embed"] | None]:
+    """All blocks but the last, or the first `most` of them: their output, and the states at `states_at` (of x too)."""
+    rotation = rotary_tables(config, x.shape[1], x.dtype)
+    settings, _ = config.layer_settings()
+
+    def body(x, layer):
+        block, settings = layer
+        x = block(x, config, rotation, settings)
+        return x, pick(x, states_at)
+
+    first, layers_read = pick(x, states_at), (blocks, settings)
+    if most is not None:
+        layers_read = jax.tree.map(lambda leaf: leaf[:most], layers_read)
+    x, states = jax.lax.scan(checkpointed(body, remat), x, layers_read)
+    if states is not None:
+        states = jnp.moveaxis(jnp.concatenate([first[None], states]), 0, 1)
+    return x, states
+
+
+def last_block(
+    last: Block, config: ModelConfig, x: Float[Array, "batch time embed"], remat: Remat = "none"
+) -> Float[Array, "batch time embed"]:
+    """The last block's output."""
+    rotation = rotary_tables(config, x.shape[1], x.dtype)  # the compiler shares it with the stacked blocks
+    _, settings = config.layer_settings()
+
+    def body(last, x):
+        return last(x, config, rotation, settings)
+
+    # Its backward pass runs once for each loss (gradmag.py): the weights are not gathered anew for each.
+    return checkpointed(body, remat, (GATHERED,))(last, x)
 
 
 def checkpointed(body: Callable, remat: Remat, also: tuple[str, ...] = ()) -> Callable:
@@ -333,7 +339,7 @@ def initialize(config: ModelConfig, key: PRNGKeyArray) -> Transformer:
     )
 
 
-def leaves(model: Transformer) -> dict[str, Any]:
+def leaves(model: Any) -> dict[str, Any]:
     """Path of each array, for example "blocks.attention.q" -> the array, in the order of the tree."""
     found, _ = jax.tree_util.tree_flatten_with_path(model)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
@@ -341,7 +347,11 @@ def leaves(model: Transformer) -> dict[str, Any]:
 
 def from_leaves(config: ModelConfig, arrays: Mapping[str, Any]) -> Transformer:
     """The Transformer of this architecture that has these `leaves`."""
-    shapes = abstract(config)
+    return filled(abstract(config), arrays)
+
+
+def filled(shapes: Any, arrays: Mapping[str, Any]) -> Any:
+    """A model of shapes with these `leaves` in their places."""
     wanted = {leaf: array.shape for leaf, array in leaves(shapes).items()}
     given = {leaf: array.shape for leaf, array in arrays.items()}
     if given != wanted:
@@ -352,11 +362,3 @@ def from_leaves(config: ModelConfig, arrays: Mapping[str, Any]) -> Transformer:
 def abstract(config: ModelConfig) -> Transformer:
     """A Transformer of shapes."""
     return eqx.filter_eval_shape(initialize, config, jax.random.key(0))
-
-
-def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """The number of parameters in each table ("embed", ...), in "other" arrays, and in "all"."""
-    sizes = {leaf: math.prod(array.shape) for leaf, array in leaves(abstract(config)).items()}
-    tables = {leaf: sizes[leaf] for leaf in ("embed", "expansion", "unembed") if leaf in sizes}
-    total = sum(sizes.values())
-    return {**tables, "other": total - sum(tables.values()), "all": total}

@@ -9,7 +9,7 @@ from jaxtyping import Int32, Int64, Integer, Shaped, UInt64
 from minalm.errors import InputError
 from minalm.tokenization.vocabulary import Vocabulary
 
-WINDOW = 16  # the most bytes of a token that can be found: two 64-bit words
+WINDOW = 16  # the most bytes of a token that is found, but by a Bolmo: two 64-bit words
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,14 +21,18 @@ class LongestSuffix:
     well. So one binary search finds it, and a climb from token to beginning. Made by `longest_suffix`.
     """
 
-    keys: Shaped[np.ndarray, " tokens"]  # WINDOW bytes each, zeros after the end; the first is the empty token
-    first: UInt64[np.ndarray, " tokens"]  # their first 8 bytes as a big-endian number
-    second: UInt64[np.ndarray, " tokens"]  # the last 8
+    keys: Shaped[np.ndarray, " tokens"]  # `window` bytes each, zeros after the end; the first is the empty token
+    words: UInt64[np.ndarray, "tokens words"]  # their bytes, 8 at a time as a big-endian number
     length: Int64[np.ndarray, " tokens"]  # bytes without the zeros
     parent: Int64[np.ndarray, " tokens"]  # the longest other token that the token begins with
     original: Int32[np.ndarray, " tokens"]  # the token's id in the original vocabulary
     special: Int32[np.ndarray, " new"]  # the original id for each of the student's ids from 256 on
     unread: Mapping[tuple[int, ...], int]  # tokens, as student ids, that no text and no header ever spells
+
+    @property
+    def window(self) -> int:
+        """The most bytes of a token that can be found."""
+        return self.keys.dtype.itemsize
 
     def __call__(self, inputs: Integer[np.ndarray, "batch time"]) -> Int32[np.ndarray, "batch time"]:
         """Original ids for rows of a byte vocabulary's ids. Each depends on the ids up to its position only.
@@ -37,25 +41,30 @@ class LongestSuffix:
         the original vocabulary cannot spell, the result is 0.
         """
         batch, time = inputs.shape
+        window, count = self.window, self.words.shape[1]
         is_byte = inputs < 256
-        text = np.zeros((batch, WINDOW + time), np.uint8)
-        text[:, WINDOW:] = np.where(is_byte, inputs, 0)
+        text = np.zeros((batch, window + time), np.uint8)
+        text[:, window:] = np.where(is_byte, inputs, 0)
         # The 8 bytes that end at a position, the last one first, are the little-endian word that starts 7 before it.
-        words = np.lib.stride_tricks.sliding_window_view(text, 8, axis=1).view("<u8")[..., 0]
-        first, second = words[:, WINDOW - 7 :].ravel(), words[:, WINDOW - 15 : -8].ravel()
+        from_byte = np.lib.stride_tricks.sliding_window_view(text, 8, axis=1).view("<u8")[..., 0]
+        place = (np.arange(batch)[:, None] * from_byte.shape[1] + np.arange(time) + window - 7).ravel()
+        from_byte = from_byte.ravel()
         position = np.arange(time)
         run = position - np.maximum.accumulate(np.where(is_byte, -1, position), axis=1)  # bytes since a special token
+        first = from_byte[place]
         order = np.argsort(first)  # searching for sorted values is twice as fast
-        first, second, run = first[order], second[order], run.ravel()[order]
+        first, place, run = first[order], place[order], run.ravel()[order]
 
-        token = np.searchsorted(self.first, first, side="right") - 1
-        long = np.flatnonzero(self.first[token] == first)
-        string = np.stack([first[long], second[long]], axis=1).astype(">u8").view(self.keys.dtype)[:, 0]
+        token = np.searchsorted(self.words[:, 0], first, side="right") - 1
+        long = np.flatnonzero(self.words[token, 0] == first)
+        string = np.stack([from_byte[place[long] - 8 * number] for number in range(count)], axis=1)
+        string = string.astype(">u8").view(self.keys.dtype)[:, 0]
         token[long] = np.searchsorted(self.keys, string, side="right") - 1
 
-        agree = _leading_zero_bytes(self.first[token] ^ first)
-        long = np.flatnonzero(agree == 8)
-        agree[long] += _leading_zero_bytes(self.second[token[long]] ^ second[long])
+        agree = _leading_zero_bytes(self.words[token, 0] ^ first)
+        for number in range(1, count):
+            long = np.flatnonzero(agree == 8 * number)
+            agree[long] += _leading_zero_bytes(self.words[token[long], number] ^ from_byte[place[long] - 8 * number])
         agree = np.minimum(agree, run)
         climbing = np.flatnonzero(self.length[token] > agree)
         while len(climbing):
@@ -87,13 +96,28 @@ def longest_suffix(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
     return _longest_suffix(tokens, special, {})
 
 
+def bolmo_suffixes(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
+    """For the inputs of a Bolmo student (vocabulary.bolmo_vocabulary), all tokens of `original`, however long.
+
+    Its special tokens are found too, by the bytes of their names, which is how a Bolmo reads them. bos and pad are those
+    of the original, eos for bos where both are; the two special tokens that no text holds have row 0.
+    """
+    tokens = {token: i for i, token in enumerate(original.token_bytes) if token}
+    parts = {part: next(iter(original.part_ids(part)), 0) for part in ("bos", "eos", "pad")}
+    tokens |= {word.encode(): i for word, i in original.special.items() if i not in parts.values()}
+    special = [0] * len(student.special)
+    special[student.part_ids("bos")[0] - 256] = parts["eos"] or parts["bos"]
+    special[student.part_ids("pad")[0] - 256] = parts["pad"]
+    return _longest_suffix(tokens, special, {})
+
+
 def write_expansion(suffixes: LongestSuffix) -> list:
     """`expand_input_ids_dict` of config.json, in the layout of the published byte models: [map, ids of special tokens].
 
     A key of the map is the student's ids of a token, each plus one, the last one first, with commas; its value is the
     token's original id plus one. "" stands for no token.
     """
-    letters = suffixes.keys.view(np.uint8).reshape(-1, WINDOW).tolist()
+    letters = suffixes.keys.view(np.uint8).reshape(-1, suffixes.window).tolist()
     columns = zip(letters, suffixes.length.tolist(), suffixes.original.tolist())
     text = {tuple(reversed(row[:length])): i for row, length, i in columns if length}
     single = {(256 + number,): int(i) for number, i in enumerate(suffixes.special)}
@@ -147,12 +171,11 @@ def _longest_suffix(
             path.pop()
         parent.append(path[-1])
         path.append(i)
-    keys = np.array(tokens, f"S{WINDOW}")
-    first, second = keys.view(">u8").astype(np.uint64).reshape(-1, 2).T.copy()
+    window = max(WINDOW, -(-max(map(len, tokens)) // 8) * 8)
+    keys = np.array(tokens, f"S{window}")
     return LongestSuffix(
         keys=keys,
-        first=first,
-        second=second,
+        words=keys.view(">u8").astype(np.uint64).reshape(len(keys), -1),
         length=np.array([len(token) for token in tokens], np.int64),
         parent=np.array(parent, np.int64),
         original=np.array([ids[token] for token in tokens], np.int32),

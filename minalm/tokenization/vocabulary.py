@@ -15,6 +15,7 @@ from minalm.errors import InputError
 from minalm.text.documents import Markup, Piece, Special
 from minalm.tokenization.chat_template import ChatTemplate, SpecialTokens, special_tokens_of, stop_tokens
 
+BOLMO_SPECIAL = ("<pad>", "<bos>", "<eos>", "<bpe_token_end>")  # the last two are in no text
 META = "\u2581"  # how SentencePiece vocabularies write a space
 
 
@@ -339,6 +340,24 @@ def byte_vocabulary(source: Vocabulary, special: Sequence[str] | None = None) ->
     single = tuple(bytes([byte]) for byte in range(256))
     plain = Vocabulary(f"bytes for {source.name}", None, None, {}, single, {})
     return with_special_tokens(plain, source, sorted(source.template_special) if special is None else special)
+
+
+def bolmo_vocabulary(source: Vocabulary) -> Vocabulary:
+    """What a Bolmo reads: the bytes, then four special tokens of its own, of which bos also ends a document.
+
+    All other special tokens of the source are spelled by the bytes of their names. There is no chat template.
+    """
+    single = tuple(bytes([byte]) for byte in range(256))
+    return Vocabulary(
+        name=f"bytes for {source.name}",
+        tokenizer=None,
+        normalizer=None,
+        fallback={},
+        token_bytes=single + (b"",) * len(BOLMO_SPECIAL),
+        special={word: 256 + number for number, word in enumerate(BOLMO_SPECIAL)},
+        names={"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<bos>"},
+        adds_bos=True,
+    )
 
 
 def with_special_tokens(base: Vocabulary, source: Vocabulary, special: Sequence[str] | None = None) -> Vocabulary:
