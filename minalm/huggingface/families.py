@@ -45,7 +45,7 @@ class Family:
     architecture: str
     defaults: Mapping[str, Any]  # keys of this family, and what transformers takes where one is missing
     norms: Mapping[str, str]  # tensors of a layer -> our fields, beyond those that all families share
-    slides: Callable[["_Keys", int], bool] | None = None  # whether a layer has a window where no `layer_types` say so
+    slides: Callable[["Keys", int], bool] | None = None  # whether a layer has a window where no `layer_types` say so
     local_theta: str | None = None  # the key of the rotary theta of layers with a window, which have no scaling
     activation_key: str = "hidden_act"
     norm_plus_one: bool = False
@@ -307,7 +307,8 @@ FLAT_ROPE = frozenset(
 
 
 # Tensor of a folder -> our field, and how many leading dimensions of the field are the inputs of a product. torch keeps
-# matrices as [out, in], we as [*in, *out]; 0: kept as it is. "layers." stands for the stacked blocks and the last one.
+# matrices as [out, in], we as [*in, *out]; 0: kept as it is; FLAT: all dimensions are stored as one. "layers." stands for the stacked blocks and the last one.
+FLAT = -1
 SHARED = {
     "model.embed_tokens.weight": ("embed", 0),
     "model.expand_embed_tokens.weight": ("expansion", 0),
@@ -335,7 +336,7 @@ SHARED = {
 # --- config.json --------------------------------------------------------------------------------------------------
 
 
-class _Keys:
+class Keys:
     """The keys of a JSON object in config.json, checked as they are read; `done` refuses those that were not read."""
 
     def __init__(self, source: str, values: object):
@@ -382,7 +383,7 @@ class _Keys:
         values = self._needed(key, None)
         if not isinstance(values, list) or len(values) != length:
             raise self.wrong(key, f"which is no list of {length} numbers: correct it")
-        return tuple(_Keys(self.source, {key: value}).number(key) for value in values)
+        return tuple(Keys(self.source, {key: value}).number(key) for value in values)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._needed(key, default)
@@ -430,8 +431,8 @@ def text_values(source: str, values: Any) -> Any:
     """
     if not isinstance(values, dict) or values.get("model_type") != "gemma3":
         return values
-    whole = _Keys(source, values)
-    text = _Keys(f"{source}, 'text_config'", whole.read("text_config"))
+    whole = Keys(source, values)
+    text = Keys(f"{source}, 'text_config'", whole.read("text_config"))
     if text.read("model_type", GEMMA3.model_type) != GEMMA3.model_type:
         raise text.wrong("model_type", f"which is not implemented here: only {GEMMA3.model_type} is")
     tied = whole.flag("tie_word_embeddings", True)
@@ -443,7 +444,7 @@ def text_values(source: str, values: Any) -> Any:
     return text.values | around | {"model_type": GEMMA3.model_type, "tie_word_embeddings": tied}
 
 
-def _family_of(keys: _Keys, sees: bool) -> Family:
+def _family_of(keys: Keys, sees: bool) -> Family:
     """The family that config.json names. Raises InputError for another one, and for keys that it never applies."""
     model_type = keys.read("model_type")
     families = {prefix + family.model_type: family for prefix in ("", EXPANSION_TYPE) for family in FAMILIES}
@@ -461,7 +462,7 @@ def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:
 
     Raises InputError, naming the key, for what is not implemented.
     """
-    keys = _Keys(source, text_values(source, values))
+    keys = Keys(source, text_values(source, values))
     family = _family_of(keys, sees=isinstance(values, dict) and values.get("model_type") == "gemma3")
     defaults = family.defaults
 
@@ -525,7 +526,7 @@ def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:
     return family, config
 
 
-def _heads(keys: _Keys, family: Family, embed: int) -> tuple[int, int, int]:
+def _heads(keys: Keys, family: Family, embed: int) -> tuple[int, int, int]:
     """The numbers of heads and of key and value heads, and the channels of one."""
     heads = keys.whole("num_attention_heads", family.defaults.get("num_attention_heads"))
     usual = heads if "num_key_value_heads" in keys.values else family.defaults.get("num_key_value_heads", heads)
@@ -538,7 +539,7 @@ def _heads(keys: _Keys, family: Family, embed: int) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def _activation(keys: _Keys, family: Family) -> str:
+def _activation(keys: Keys, family: Family) -> str:
     """Our name of the MLP's activation."""
     activation = keys.read(family.activation_key, family.defaults[family.activation_key])
     if activation not in list(ACTIVATIONS):
@@ -548,7 +549,7 @@ def _activation(keys: _Keys, family: Family) -> str:
     return ACTIVATIONS[activation]
 
 
-def _expansion_size(keys: _Keys) -> int | None:
+def _expansion_size(keys: Keys) -> int | None:
     """Rows of the table of a byte model's input expansion; None if it has none."""
     keys.seen |= {"expand_input_ids_vocab_size", "expand_input_ids_maxlen"}  # without an expansion they mean nothing
     keys.seen.add("expand_input_ids_dict")  # tokenization/suffixes.py reads it
@@ -560,7 +561,7 @@ def _expansion_size(keys: _Keys) -> int | None:
     return size
 
 
-def _is_rotated(keys: _Keys, layer: int) -> bool:
+def _is_rotated(keys: Keys, layer: int) -> bool:
     """Whether queries and keys of a layer know their positions (SmolLM 3)."""
     listed, interval = keys.read("no_rope_layers"), keys.whole("no_rope_layer_interval", 4)
     if listed is None:
@@ -570,7 +571,7 @@ def _is_rotated(keys: _Keys, layer: int) -> bool:
     return bool(listed[layer])
 
 
-def _ropes(keys: _Keys, family: Family, head_dim: int) -> tuple[Rope, Rope]:
+def _ropes(keys: Keys, family: Family, head_dim: int) -> tuple[Rope, Rope]:
     """The rotary settings of layers without and with a window.
 
     transformers 4 has `rope_theta` and `rope_scaling`. In a family with two kinds of layers these belong to layers
@@ -581,7 +582,7 @@ def _ropes(keys: _Keys, family: Family, head_dim: int) -> tuple[Rope, Rope]:
     parameters = sliding = keys.read("rope_parameters")
     nested = family.local_theta is not None and parameters is not None
     if nested:
-        both = _Keys(f"{keys.source}, 'rope_parameters'", parameters)
+        both = Keys(f"{keys.source}, 'rope_parameters'", parameters)
         sliding, parameters = (both.read(kind) for kind in LAYER_TYPES)
         if not all(isinstance(own, dict) and own.get("rope_theta") is not None for own in (sliding, parameters)):
             # Gemma3TextConfig and Olmo3Config, `convert_rope_params_to_dict`. They save what they took beside the rest.
@@ -594,10 +595,10 @@ def _ropes(keys: _Keys, family: Family, head_dim: int) -> tuple[Rope, Rope]:
         both.done(FLAT_ROPE)
     default = family.defaults.get("rope_theta", 10_000.0)
     ropes = [
-        _rope(_Keys(f"{keys.source}, {key!r}", values), theta or default, keys, family, head_dim)
+        _rope(Keys(f"{keys.source}, {key!r}", values), theta or default, keys, family, head_dim)
         for key, values in (("rope_scaling", keys.read("rope_scaling")), ("rope_parameters", parameters))
         if values is not None
-    ] or [_rope(_Keys(keys.source, {}), theta or default, keys, family, head_dim)]
+    ] or [_rope(Keys(keys.source, {}), theta or default, keys, family, head_dim)]
     if ropes[0] != ropes[-1] or theta not in (None, ropes[0].theta):
         raise InputError(f"{keys.source} gives rotary settings twice, and they differ: keep 'rope_parameters' alone")
     if family.local_theta is None:
@@ -613,14 +614,14 @@ def _ropes(keys: _Keys, family: Family, head_dim: int) -> tuple[Rope, Rope]:
     local = Rope(keys.number(family.local_theta, family.defaults[family.local_theta]) if own_key else ropes[0].theta)
     if nested:
         source = f"{keys.source}, 'rope_parameters', 'sliding_attention'"
-        found = _rope(_Keys(source, sliding), local.theta, keys, family, head_dim)
+        found = _rope(Keys(source, sliding), local.theta, keys, family, head_dim)
         if own_key and keys.values.get(family.local_theta) not in (None, found.theta):
             raise keys.wrong(family.local_theta, "but 'rope_parameters' says another number: keep one of them")
         local = found
     return ropes[0], local
 
 
-def _rotated_share(keys: _Keys, whole: _Keys, family: Family, head_dim: int) -> float:
+def _rotated_share(keys: Keys, whole: Keys, family: Family, head_dim: int) -> float:
     """The share of a head's channels that is rotated; arguments as of `_rope`."""
     around = whole.number("partial_rotary_factor", optional=True)
     share = keys.number("partial_rotary_factor", around or 1.0)
@@ -635,7 +636,7 @@ def _rotated_share(keys: _Keys, whole: _Keys, family: Family, head_dim: int) -> 
     return share
 
 
-def _yarn(keys: _Keys, original_length: int) -> YarnScaling:
+def _yarn(keys: Keys, original_length: int) -> YarnScaling:
     factor = keys.number("factor")
     mscales = [keys.number(key, optional=True) for key in ("mscale", "mscale_all_dim")]
 
@@ -656,7 +657,7 @@ def _yarn(keys: _Keys, original_length: int) -> YarnScaling:
     return scaling
 
 
-def _rope(keys: _Keys, theta: float | None, whole: _Keys, family: Family, head_dim: int) -> Rope:
+def _rope(keys: Keys, theta: float | None, whole: Keys, family: Family, head_dim: int) -> Rope:
     """The rotary settings in one JSON object; `whole` is the config.json around it."""
     named = keys.read("rope_type", keys.read("type", "default"))  # "type": the older spelling
     kind = family.rope_kinds.get(named) if isinstance(named, str) else None
@@ -718,7 +719,7 @@ def _longrope_attention(factor: float, original_length: int) -> float:
     return math.sqrt(1.0 + math.log(factor) / math.log(original_length)) if factor > 1.0 else 1.0
 
 
-def _windows(keys: _Keys, family: Family, layers: int) -> tuple[int | None, ...]:
+def _windows(keys: Keys, family: Family, layers: int) -> tuple[int | None, ...]:
     """How many positions each layer sees; None: all."""
     if family.slides is None:
         return (None,) * layers
@@ -851,13 +852,20 @@ class TensorMap(NamedTuple):
     shape: tuple[int, ...]  # ours, without the layer axis
     inputs: int  # see SHARED
     first_row: int = 0  # of the tensor; more than 0 in one that holds several parts (Phi 3)
+    rows: tuple[int, ...] | None = None  # of each of our rows the stored one, where these have another order (Bolmo)
+
+    @property
+    def _stored_dims(self) -> tuple[range, ...]:
+        """Of each dimension of the tensor, which of ours it is."""
+        dims = range(len(self.shape))
+        if self.inputs == FLAT:
+            return (dims,)
+        return (dims[self.inputs :], dims[: self.inputs]) if self.inputs else tuple(dims[n : n + 1] for n in dims)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the tensor, if it holds no other parts."""
-        if not self.inputs:
-            return self.shape
-        return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+        return tuple(math.prod(self.shape[dim] for dim in dims) for dims in self._stored_dims)
 
     def cut_shape(self, index: tuple[slice, ...]) -> tuple[int, ...]:
         """The shape of the part `index` of our array."""
@@ -869,9 +877,8 @@ class TensorMap(NamedTuple):
         Raises ValueError for steps, and for a cut of any but the first of the dimensions that are stored as one (of
         heads and head_dim: heads), since no slice of the stored tensor is such a part.
         """
-        dims = range(len(self.shape))
         result = []
-        for first, *others in (dims[self.inputs :], dims[: self.inputs]) if self.inputs else ([dim] for dim in dims):
+        for first, *others in self._stored_dims:
             span = range(self.shape[first])[index[first]]
             if span.step != 1 or any(range(self.shape[dim])[index[dim]] != range(self.shape[dim]) for dim in others):
                 raise ValueError(f"{self.leaf}, cut as {index}, is no slice of a tensor of shape {self.stored_shape}")
@@ -882,10 +889,14 @@ class TensorMap(NamedTuple):
 
     def from_stored(self, tensor: Any, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
         """The part `index` of our array; `tensor` is the stored one, or what reads slices of it from a file."""
+        if self.rows is not None:  # of small tables
+            return tensor[:][list(self.rows)][index]
         part = tensor[self.stored_index(index)]
         return part.T.reshape(self.cut_shape(index)) if self.inputs else part
 
     def to_stored(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        if self.rows is not None:
+            return array[np.argsort(self.rows)]
         return array.reshape(self.stored_shape[::-1]).T if self.inputs else array
 
 

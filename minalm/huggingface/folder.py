@@ -10,15 +10,16 @@ import jax
 import numpy as np
 
 from minalm.errors import InputError
-from minalm.huggingface import families, weights
+from minalm.huggingface import bolmo, families, weights
 from minalm.huggingface.weights import LazyTensor
-from minalm.models import transformer
-from minalm.models.config import ModelConfig
+from minalm.models import kinds, transformer
+from minalm.models.bolmo import Bolmo
+from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.transformer import Transformer
 from minalm.tokenization.special_tokens import NAMES, REQUIRED
-from minalm.tokenization.suffixes import LongestSuffix, read_expansion, write_expansion
+from minalm.tokenization.suffixes import LongestSuffix, bolmo_suffixes, read_expansion, write_expansion
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
-from minalm.tokenization.vocabulary import Vocabulary
+from minalm.tokenization.vocabulary import Vocabulary, bolmo_vocabulary
 
 # The keys of generation_config.json that say how to sample. Its other keys hold ids, which a new vocabulary changes.
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -46,7 +47,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
 def save(
     folder: Path,
-    model: Transformer,
+    model: Transformer | Bolmo,
     vocabulary: Vocabulary,
     suffixes: LongestSuffix | None,
     dtype: Literal["bfloat16", "float32"],
@@ -58,16 +59,23 @@ def save(
     """
     if (suffixes is None) != (model.config.expansion_size is None):
         raise ValueError("`suffixes` belong to a model with an input expansion, and to no other")
-    keys, files = _files(vocabulary, suffixes, generation_config)
+    keys, files = _files(model.config, vocabulary, suffixes, generation_config)
     weights.save(folder, model, dtype, vocabulary_size=vocabulary.size, keys=keys, files=files)
 
 
-def copy(source: Path, folder: Path, model: Transformer, dtype: Literal["bfloat16", "float32"]) -> None:
+def copy(source: Path, folder: Path, model: Transformer | Bolmo, dtype: Literal["bfloat16", "float32"]) -> None:
     """Writes the model of the folder `source` to a new one. The files of its tokenizer are copied as they are.
 
-    Code is not copied: a model with an input expansion gets ours. Raises InputError as `weights.save` does.
+    Code is not copied: a model with an input expansion gets ours. So does a Bolmo, whose published tokenizer is code
+    too, and it gets a tokenizer.json. Raises InputError as `weights.save` does.
     """
-    keys = families.informative(weights.read_json(source / "config.json"))
+    values = weights.read_json(source / "config.json")
+    keys = families.informative(values)
+    if isinstance(model.config, BolmoConfig):
+        own_keys, files = _files(model.config, *load_vocabularies(source), read_generation_config(source))
+        original = own_keys["tokenizer_config"] | {"original_identifier": bolmo.original_tokenizer(values)}
+        weights.save(folder, model, dtype, keys=keys | own_keys | {"tokenizer_config": original}, files=files)
+        return
     files = {name: (source / name).read_bytes() for name in COPIED if (source / name).is_file()}
     weights.save(folder, model, dtype, keys=keys, files=files)
 
@@ -76,30 +84,30 @@ def copy(source: Path, folder: Path, model: Transformer, dtype: Literal["bfloat1
 class Start:
     """A run's student without its trained leaves, which are in the run's checkpoints."""
 
-    config: ModelConfig  # its tables may have more rows than the vocabulary, for the mesh
+    config: ModelConfig | BolmoConfig  # its tables may have more rows than the vocabulary, for the mesh
     vocabulary: Vocabulary
     suffixes: LongestSuffix | None
     generation_config: GenerationConfig
     frozen: Mapping[str, LazyTensor]  # the leaves that are not trained, by name
 
-    def trained(self) -> Transformer:
+    def trained(self) -> Transformer | Bolmo:
         """The tree of trained leaves in a checkpoint, as float32 zeros that take no memory; frozen leaves are None."""
-        shapes = transformer.abstract(self.config)
+        shapes = kinds.abstract(self.config)
         zeros = [
             None if leaf in self.frozen else np.broadcast_to(np.float32(0), array.shape)
             for leaf, array in transformer.leaves(shapes).items()
         ]
         return jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
-    def model(self, trained: Transformer) -> Transformer:
+    def model(self, trained: Transformer | Bolmo) -> Transformer | Bolmo:
         """The whole student from its trained leaves."""
-        return transformer.from_leaves(self.config, transformer.leaves(trained) | dict(self.frozen))
+        return kinds.from_leaves(self.config, transformer.leaves(trained) | dict(self.frozen))
 
 
 def write_start(
     folder: Path,
-    student: Transformer,
-    trained: Transformer,
+    student: Transformer | Bolmo,
+    trained: Transformer | Bolmo,
     vocabulary: Vocabulary,
     suffixes: LongestSuffix | None,
     generation_config: GenerationConfig,
@@ -109,7 +117,7 @@ def write_start(
     `trained` has a bool in the place of each leaf. The files are those of `save`, but frozen.safetensors holds the
     tensors of the leaves that are not trained, in the dtype that they have. Raises InputError as `weights.save` does.
     """
-    keys, files = _files(vocabulary, suffixes, generation_config)
+    keys, files = _files(student.config, vocabulary, suffixes, generation_config)
     is_trained = transformer.leaves(trained)
     frozen = {leaf: array for leaf, array in transformer.leaves(student).items() if not is_trained[leaf]}
     with weights.new_folder(folder, student.config, "float32", keys, files) as (partial, names):
@@ -125,6 +133,9 @@ def read_start(folder: Path) -> Start:
 
 def load_vocabularies(folder: Path) -> tuple[Vocabulary, LongestSuffix | None]:
     """The vocabulary of a model's folder, and the search of its input expansion if it has one. Raises InputError."""
+    config = weights.read_config(folder / "config.json")
+    if isinstance(config, BolmoConfig):
+        return _load_bolmo_vocabularies(folder, config)
     vocabulary = load_vocabulary(folder, of_model=True)
     single = tuple(bytes([byte]) for byte in range(256))
     if vocabulary.tokenizer is not None and vocabulary.token_bytes[:256] == single:
@@ -132,7 +143,6 @@ def load_vocabularies(folder: Path) -> tuple[Vocabulary, LongestSuffix | None]:
         if sorted(added.values()) == list(range(256, vocabulary.size)):
             # The tokenizer only spells bytes. A published model also has ids for words of its headers, not of texts.
             vocabulary = dataclasses.replace(vocabulary, tokenizer=None, special=added)
-    config = weights.read_config(folder / "config.json")
     if max(vocabulary.part_ids("pad"), default=0) >= config.vocab_size:  # nothing reads it: another filler will do
         names = {name: word for name, word in vocabulary.names.items() if name != "pad_token"}
         vocabulary = dataclasses.replace(vocabulary, names=names)
@@ -142,6 +152,23 @@ def load_vocabularies(folder: Path) -> tuple[Vocabulary, LongestSuffix | None]:
         raise InputError(f"{folder}: config.json has 'expand_input_ids', but tokenizer.json reads no plain bytes")
     values = weights.read_json(folder / "config.json").get("expand_input_ids_dict")
     return vocabulary, read_expansion(str(folder / "config.json"), values, vocabulary.size, config.expansion_size)
+
+
+def _load_bolmo_vocabularies(folder: Path, config: BolmoConfig) -> tuple[Vocabulary, LongestSuffix]:
+    values = weights.read_json(folder / "config.json")
+    suffixes = bolmo.read_suffixes(str(folder / "config.json"), values, config.expansion_size)
+    source = Vocabulary(str(folder), None, None, {}, (), {})
+    if suffixes is None:  # as published: the subword tokenizer lies elsewhere
+        original = bolmo.original_tokenizer(values)
+        if original is None:
+            raise InputError(
+                f"{folder / 'config.json'} has neither 'subword_bytes' nor an 'original_identifier' in its "
+                "'tokenizer_config': name there the subword model that it was made from"
+            )
+        beside = (folder / original).is_dir()
+        source = load_vocabulary(folder / original if beside else weights.find(original), of_model=True)
+        suffixes = bolmo_suffixes(source, bolmo_vocabulary(source))
+    return bolmo_vocabulary(source), suffixes
 
 
 def _read_sampling(folder: Path) -> dict[str, Any]:
@@ -177,9 +204,24 @@ def _tokenizer_config(vocabulary: Vocabulary, generation_config: GenerationConfi
 
 
 def _files(
-    vocabulary: Vocabulary, suffixes: LongestSuffix | None, generation_config: GenerationConfig
+    config: ModelConfig | BolmoConfig,
+    vocabulary: Vocabulary,
+    suffixes: LongestSuffix | None,
+    generation_config: GenerationConfig,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of a model's folder, the keys of config.json that name tokens and the like, and the files of the tokenizer."""
+    if isinstance(config, BolmoConfig):
+        keys = bolmo.vocabulary_keys(suffixes, config.expansion_size)
+        if generation_config.max_length is not None:
+            keys["max_position_embeddings"] = generation_config.max_length
+        ids = {key: value for key, value in keys.items() if key.endswith("_token_id")}
+        files = {
+            "tokenizer.json": bolmo.tokenizer_json(vocabulary),
+            "tokenizer_config.json": _tokenizer_config(vocabulary, generation_config) | {"padding_side": "left"},
+            "generation_config.json": {**ids, "max_new_tokens": NEW_BYTES, **generation_config.sampling},
+        }
+        files["tokenizer_config.json"].pop("model_max_length", None)  # which counts patches
+        return keys, files
     ids = {part: next(iter(vocabulary.part_ids(part)), None) for part in ("bos", "eos", "pad")}
     stops = vocabulary.stop_ids  # generation ends at any of them
     keys: dict[str, Any] = {

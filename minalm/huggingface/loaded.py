@@ -8,6 +8,7 @@ import numpy as np
 from minalm.errors import InputError
 from minalm.huggingface import weights
 from minalm.huggingface.folder import load_vocabularies
+from minalm.models.bolmo import Bolmo
 from minalm.models.head import VocabularyMask
 from minalm.models.transformer import Transformer
 from minalm.tokenization.suffixes import LongestSuffix
@@ -18,13 +19,13 @@ from minalm.tokenization.vocabulary import Vocabulary
 class LoadedModel:
     """A model and how it reads text."""
 
-    model: Transformer  # the weights in their files, or tables of a new vocabulary on the host
+    model: Transformer | Bolmo  # the weights in their files, or tables of a new vocabulary on the host
     vocabulary: Vocabulary | None  # None: the model's shapes alone are known
     suffixes: LongestSuffix | None  # of a model with an input expansion
     mask: VocabularyMask
 
     @classmethod
-    def of_shapes(cls, model: Transformer) -> "LoadedModel":
+    def of_shapes(cls, model: Transformer | Bolmo) -> "LoadedModel":
         """A model that is not there, to compile for."""
         mask = VocabularyMask(*(np.zeros(model.config.vocab_size, bool) for _ in range(2)))
         return cls(model, None, None, mask)
@@ -36,11 +37,13 @@ class LoadedModel:
         return cls.of(weights.read(folder), *load_vocabularies(folder))
 
     @classmethod
-    def of(cls, model: Transformer, vocabulary: Vocabulary, suffixes: LongestSuffix | None) -> "LoadedModel":
+    def of(cls, model: Transformer | Bolmo, vocabulary: Vocabulary, suffixes: LongestSuffix | None) -> "LoadedModel":
         """Raises InputError if the tokenizer has more ids than the model has rows."""
         rows = model.config.vocab_size
-        mask = VocabularyMask(exists=np.arange(rows) < vocabulary.size, boundary=vocabulary.boundary_mask(rows))
-        return cls(model, vocabulary, suffixes, mask)
+        exists, boundary = np.arange(rows) < vocabulary.size, vocabulary.boundary_mask(rows)
+        if isinstance(model, Bolmo):  # which predicts each id, and each id that also ends a patch
+            exists, boundary = np.tile(exists, 2), np.tile(boundary, 2)
+        return cls(model, vocabulary, suffixes, VocabularyMask(exists, boundary))
 
 
 def model_folder(name: Path) -> Path:

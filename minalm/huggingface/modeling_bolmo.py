@@ -61,7 +61,7 @@ CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaModel.forward)
 class BolmoConfig(transformers.PretrainedConfig):
     """config.json: what is published, `subword_bytes`, and `trunk_model_type` where the trunk is not that of OLMo 3.
 
-    `subword_bytes` has the bytes of each original token, as hexadecimal digits, or the name of a special one; or null.
+    `subword_bytes` has the bytes of each original token, as hexadecimal digits, or names of special ones; or null.
     """
 
     model_type = "bolmo"
@@ -302,11 +302,13 @@ class Subwords:
 
     def __init__(self, spelled: list[str | None]):
         self.ids, lengths = {}, set()
-        for number, bytes_of in enumerate(spelled):
-            if bytes_of is not None:
-                ids = [NAMES.index(bytes_of)] if bytes_of in NAMES else [SPECIALS + b for b in bytes.fromhex(bytes_of)]
-                self.ids["".join(map(chr, ids))] = number  # of several with the same bytes the last one
-                lengths.add(len(ids))
+        for number, word in enumerate(spelled):
+            rows = [[i] for i, name in enumerate(NAMES) if name in (word or "")]
+            if word is not None and not rows:
+                rows = [[SPECIALS + byte for byte in bytes.fromhex(word)]]
+            for row in rows:
+                self.ids["".join(map(chr, row))] = number  # of several with the same bytes the last one
+                lengths.add(len(row))
         self.lengths = sorted(lengths, reverse=True)
 
     def __call__(self, row: list[int], new: int) -> list[int]:

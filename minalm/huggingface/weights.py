@@ -1,4 +1,4 @@
-"""A Hugging Face folder (config.json, safetensors) <-> a Transformer. Every tensor too many or too few is refused."""
+"""A Hugging Face folder (config.json, safetensors) <-> a Transformer or a Bolmo. Every tensor too many or too few is refused."""
 
 import contextlib
 import json
@@ -19,9 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from minalm.errors import InputError
 from minalm.huggingface import families
-from minalm.huggingface.families import DTYPES, MODELING, Parts, TensorMap, config_values, parse_config, tensor_maps
-from minalm.models.config import ModelConfig
-from minalm.models.transformer import Transformer, abstract, from_leaves, leaves
+from minalm.huggingface.families import DTYPES, Parts, TensorMap
+from minalm.huggingface.kinds import code, config_values, parse_config, tensor_maps
+from minalm.models.bolmo import Bolmo
+from minalm.models.config import BolmoConfig, ModelConfig
+from minalm.models.kinds import abstract, from_leaves
+from minalm.models.transformer import Transformer, leaves
 
 BLOCK = 4096  # rows of a tensor compared or converted at a time
 HUB_FILES = ("*.json", "*.jinja")  # what is fetched of a model of the hub, beside its tensors
@@ -32,7 +35,7 @@ INDEX = "model.safetensors.index.json"
 STORED_DTYPES = {"BF16": DTYPES["bfloat16"], "F16": np.dtype(np.float16), "F32": DTYPES["float32"]}
 
 
-def read_config(file: Path) -> ModelConfig:
+def read_config(file: Path) -> ModelConfig | BolmoConfig:
     """The architecture that a config.json describes. Raises InputError, naming the key, for what is not implemented."""
     return parse_config(str(file), read_json(file))[1]
 
@@ -129,16 +132,17 @@ def find(name: Path | str) -> Path:
         ) from error
 
 
-def read(folder: Path) -> Transformer:
+def read(folder: Path) -> Transformer | Bolmo:
     """The model of a Hugging Face folder, its leaves `LazyTensor`s: everything is checked, no weights are held.
 
     Raises InputError for a folder that is incomplete, damaged, or needs what is not implemented. A tied model may hold
     its table under the name of either, or both if they are equal.
     """
     family, config = parse_config(str(folder / "config.json"), read_json(folder / "config.json"))
+    tied = isinstance(config, ModelConfig) and config.tied
     wanted, tensors = tensor_maps(family, config), _tensors(folder)
-    tensors = _named(families.text_tensors(str(folder), family, tensors), config.tied)
-    tied_twice = config.tied and "lm_head.weight" in tensors
+    tensors = _named(families.text_tensors(str(folder), family, tensors), tied)
+    tied_twice = tied and "lm_head.weight" in tensors
     if tied_twice:
         wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
     _check_tensors(folder, wanted, tensors)
@@ -162,14 +166,14 @@ def read_part(file: Path) -> dict[str, LazyTensor]:
     return {leaf: every[leaf] for leaf in every if leaf in held}
 
 
-def load(folder: Path, dtype: DTypeLike) -> Transformer:
+def load(folder: Path, dtype: DTypeLike) -> Transformer | Bolmo:
     """As `read`, but the leaves are numpy arrays of `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype)[:], read(folder))
 
 
 def save(
     folder: Path,
-    model: Transformer,
+    model: Transformer | Bolmo,
     dtype: Literal["bfloat16", "float32"],
     *,
     vocabulary_size: int | None = None,
@@ -182,22 +186,22 @@ def save(
     The leaves are numpy arrays, jax arrays on a mesh, or `LazyTensor`s; one tensor at a time is brought to the host.
     A file of tensors holds at most `shard_size` bytes of them, or a single tensor. `vocabulary_size` cuts the tables'
     rows past the tokenizer. `keys` are further keys of config.json (ids of special tokens, max_position_embeddings),
-    `files` further files, as bytes or as the value of a JSON file. With an input expansion, the code that transformers
-    needs goes along (modeling_minalm.py).
+    `files` further files, as bytes or as the value of a JSON file. The code that transformers needs for a model with an
+    input expansion, or a Bolmo, goes along (modeling_minalm.py, modeling_bolmo.py).
 
     Raises InputError where the folder exists or no family expresses the architecture.
     """
     config = model.config if vocabulary_size is None else replace(model.config, vocab_size=vocabulary_size)
     with new_folder(folder, config, dtype, keys, files) as (partial, names):
-        if config.expansion_size is not None:
-            shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), partial / f"{MODELING}.py")
+        if (file := code(config)) is not None:
+            shutil.copyfile(Path(__file__).with_name(file), partial / file)
         _write_shards(partial, leaves(model), names, DTYPES[dtype], shard_size)
 
 
 @contextlib.contextmanager
 def new_folder(
     folder: Path,
-    config: ModelConfig,
+    config: ModelConfig | BolmoConfig,
     dtype: Literal["bfloat16", "float32"],
     keys: Mapping[str, Any] | None,
     files: Mapping[str, bytes | dict[str, Any]] | None,
@@ -348,7 +352,7 @@ def _check_tensors(source: Path, wanted: Mapping[str, Parts], tensors: Mapping[s
 
 
 def _lazy_tensors(
-    config: ModelConfig, wanted: Mapping[str, Parts], tensors: Mapping[str, Any]
+    config: ModelConfig | BolmoConfig, wanted: Mapping[str, Parts], tensors: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """Every leaf of a model, of its tensors; the stacked blocks of a model of one layer have none."""
     held: dict[str, list[tuple[TensorMap, Any]]] = {}

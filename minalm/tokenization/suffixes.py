@@ -93,7 +93,7 @@ def longest_suffix(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
         else:
             raise InputError(f"{original.name} has no token {word!r}: give the student special tokens of the original")
     tokens = {token: i for token, i in original.id_of_bytes.items() if len(token) <= WINDOW}
-    return _longest_suffix(tokens, special, {})
+    return of_tokens(tokens, special)
 
 
 def bolmo_suffixes(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
@@ -108,7 +108,7 @@ def bolmo_suffixes(original: Vocabulary, student: Vocabulary) -> LongestSuffix:
     special = [0] * len(student.special)
     special[student.part_ids("bos")[0] - 256] = parts["eos"] or parts["bos"]
     special[student.part_ids("pad")[0] - 256] = parts["pad"]
-    return _longest_suffix(tokens, special, {})
+    return of_tokens(tokens, special)
 
 
 def write_expansion(suffixes: LongestSuffix) -> list:
@@ -157,12 +157,13 @@ def read_expansion(place: str, values: object, student_size: int, original_size:
             special[ids[0] - 256] = value - 1
         else:
             unread[ids] = value - 1
-    return _longest_suffix(tokens, special, unread)
+    return of_tokens(tokens, special, unread)
 
 
-def _longest_suffix(
-    original: Mapping[bytes, int], special: list[int], unread: Mapping[tuple[int, ...], int]
+def of_tokens(
+    original: Mapping[bytes, int], special: list[int], unread: Mapping[tuple[int, ...], int] | None = None
 ) -> LongestSuffix:
+    """The search for these tokens of text, by their bytes, and for special tokens of the student; see `LongestSuffix`."""
     ids = {token[::-1]: i for token, i in original.items()} | {b"": 0}
     tokens = sorted(ids)
     parent, path = [], [0]  # path: the beginnings of a token that are tokens themselves
@@ -180,7 +181,7 @@ def _longest_suffix(
         parent=np.array(parent, np.int64),
         original=np.array([ids[token] for token in tokens], np.int32),
         special=np.array(special, np.int32),
-        unread=unread,
+        unread=unread or {},
     )
 
 

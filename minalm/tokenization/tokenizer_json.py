@@ -100,6 +100,7 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 
 _FROM_BYTE_LEVEL = {0x100 + i: byte for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 _BYTE_LEVEL = {byte: byte for byte in _PRINTABLE} | {byte: code for code, byte in _FROM_BYTE_LEVEL.items()}
+BYTE_SIGNS = {byte: chr(_BYTE_LEVEL[byte]) for byte in range(256)}  # how byte-level tokenizers write a byte
 
 
 # What a vocabulary must spell to be of use: the bytes of UTF-8 text without control characters and the rarer planes,
@@ -285,7 +286,7 @@ def _bytes_json() -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": {chr(_BYTE_LEVEL[byte]): byte for byte in range(256)},
+            "vocab": {sign: byte for byte, sign in BYTE_SIGNS.items()},
             "merges": [],
         },
     }
