@@ -5,6 +5,7 @@
     python convert.py export runs/smollm2-135m-byte smollm2-bytes --step 160
     python convert.py inspect smollm2-bytes
     python convert.py pair-bias SmolLM2-135M-Instruct pairs.safetensors --data texts/
+    python convert.py add-difference OLMo-bytes OUT --base OLMo --post-trained OLMo-Instruct
 
 A model is a Hugging Face folder (config.json, *.safetensors, tokenizer.json),
   or the name of one on the Hugging Face hub: org/name.
@@ -14,6 +15,8 @@ A model is a Hugging Face folder (config.json, *.safetensors, tokenizer.json),
 * export: what train.py has trained, as a folder that transformers loads.
 * inspect: sizes and vocabulary of a model, progress of a run.
 * pair-bias: what train.py reads for --losses.chunks unbiased.
+* add-difference: what post-training changed in a model's blocks, added to
+  the blocks of a byte model that was made from the same base.
 
 `python convert.py VERB --help` explains a verb.
 """
@@ -28,12 +31,16 @@ from tyro.conf import Positional, arg
 
 from minalm.distill.losses import LossConfig
 from minalm.errors import InputError
+from minalm.huggingface.arithmetic import add_difference as sum_with_difference
+from minalm.huggingface.arithmetic import other_settings
+from minalm.huggingface.families import DTYPES
 from minalm.huggingface.folder import copy, read_generation_config, save
-from minalm.huggingface.loaded import LoadedModel
+from minalm.huggingface.loaded import LoadedModel, model_folder
 from minalm.huggingface.weights import find
 from minalm.models.config import ModelConfig
 from minalm.models.kinds import parameter_counts
 from minalm.models.student import student_from_teacher
+from minalm.models.transformer import leaves
 from minalm.parallel.distributed import exit_on_input_error
 from minalm.run import checkpoint
 from minalm.run.export import export as export_run
@@ -196,6 +203,40 @@ def pairs_of_tokens(
     print(f"written to  {out}")
 
 
+def add_difference(
+    model: Model,
+    out: Out,
+    base: Annotated[Path, arg(metavar="MODEL")],
+    post_trained: Annotated[Path, arg(metavar="MODEL")],
+    alpha: float = 1.0,
+    with_table: bool = False,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, arg(help_behavior_hint="(default: as in the model)")
+    ] = None,
+) -> None:
+    """Adds what post-training changed in a subword model to a model made from it.
+
+    Args:
+        base: the subword model that both were made from.
+        post_trained: what post-training made of it.
+        alpha: how many times the difference is added; 0: nothing.
+        with_table: also to the table of subwords: the input expansion of a byte model, or the embedding of a subword model.
+        dtype: type of the stored weights.
+    """
+    refuse_existing(out)
+    names = (model, base, post_trained)
+    folders = [model_folder(name) for name in names]
+    loaded = tuple(map(LoadedModel.read, folders))
+    changed = sum_with_difference(loaded, names, alpha, with_table)
+    stored = {leaf.dtype for leaf in leaves(loaded[0].model).values()}
+    kept = "bfloat16" if stored == {DTYPES["bfloat16"]} else "float32"
+    copy(folders[0], out, changed, dtype or kept)
+    for name, other in zip(names[1:], loaded[1:]):
+        if settings := other_settings(loaded[0].model.config, other.model.config):
+            print(f"{name} has other settings, of which nothing is taken over: {', '.join(settings)}")
+    print(f"written to  {out}")
+
+
 def print_line(name: str, value: object) -> None:
     print(f"{name:<22}{value}")
 
@@ -212,7 +253,7 @@ def refuse_existing(out: Path) -> None:
 
 def main() -> None:
     verbs = {"bytes": to_bytes, "tokenizer": to_tokenizer, "export": export, "inspect": inspect}
-    verbs["pair-bias"] = pairs_of_tokens
+    verbs |= {"pair-bias": pairs_of_tokens, "add-difference": add_difference}
     with exit_on_input_error():
         tyro.extras.subcommand_cli_from_dict(verbs, prog="convert.py", description=__doc__)
 
