@@ -166,7 +166,7 @@ def pairs_of_tokens(
     train.py reads it with --losses.chunks unbiased --losses.pair-bias OUT.
 
     Args:
-        data: .txt and .jsonl files, or folders of them: the training text, or text like it.
+        data: the training text, or text like it, in the forms that train.py reads.
         stdlib: where --data names no files, the training split of Python's standard library.
         stdlib_fraction: share of the standard library's documents.
         student: a model that brings its own tokenizer.
@@ -189,7 +189,7 @@ def pairs_of_tokens(
     theirs = loaded.vocabulary
     ours = LoadedModel.read(student).vocabulary if student is not None else new_vocabulary(config, loaded)[0]
     read_chat = ChatReader(ours, theirs, mask_prompt=False, date=datetime.now(UTC).date().isoformat())
-    corpus = read_texts(texts, data, "training", stdlib_fraction, read_chat)
+    corpus = read_texts(texts, "training", read_chat)
     chosen = np.sort(corpus.order(0, 0, min(pieces, len(corpus)))).tolist()
     counts = count_pairs(map(corpus.piece, chosen), ours, theirs)
     pairs = pair_bias(counts, ours, theirs)

@@ -224,7 +224,8 @@ def main(config: Config) -> None:
         mesh = run_mesh(config.mesh, config.data.batch_size, config.compute.accumulation)
         models = setup.load_models(config.student, config.data.student_length, config.seed)
         models = setup.for_losses(models, config.losses, config.seed)
-        texts = setup.load_texts(config.data, models, config.seed, mesh, date, config.losses.needs_bytes)
+        say = console.say if is_first() else lambda text: None
+        texts = setup.load_texts(config.data, models, config.seed, mesh, date, config.losses, say)
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide
 

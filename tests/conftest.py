@@ -23,6 +23,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 if "MINALM_TEST_COMPILED" not in os.environ:  # the first process, whose environment the others get
     os.environ["MINALM_TEST_COMPILED"] = tempfile.mkdtemp(prefix="minalm-tests-")
     atexit.register(shutil.rmtree, os.environ["MINALM_TEST_COMPILED"], ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["MINALM_TEST_COMPILED"], "cache")  # of indexes of texts
 jax.config.update("jax_compilation_cache_dir", os.environ["MINALM_TEST_COMPILED"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

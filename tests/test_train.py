@@ -146,7 +146,7 @@ def begin(config: train.Config) -> RunFolder:
     """The folder of a run that has not trained yet."""
     mesh = make_mesh(1, 1)
     models = load_models(config.student, config.data.student_length, config.seed)
-    texts = load_texts(config.data, models, config.seed, mesh, DATE)
+    texts = load_texts(config.data, models, config.seed, mesh, DATE, config.losses)
     settings = plain(config)
     prints = fingerprints(config.student, texts, config.losses)
     run, _ = open_run(config.run, [], settings, settings, prints, DATE, models.write_student)
@@ -369,7 +369,7 @@ def test_batches_depend_on_seed_and_step_alone(files, tmp_path):
     models = load_models(config.student, 64, 0)
 
     def batch(seed, step):
-        texts = load_texts(config.data, models, seed, make_mesh(1, 1), DATE)
+        texts = load_texts(config.data, models, seed, make_mesh(1, 1), DATE, config.losses)
         return [leaf.tobytes() for leaf in jax.tree.leaves(texts.batch(step))]
 
     assert batch(0, 3) == batch(0, 3) and batch(0, 3) != batch(0, 4) and batch(0, 3) != batch(1, 3)
@@ -1141,7 +1141,9 @@ def test_nothing_to_learn(files, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text((json.dumps({"text": "the cat"}) + "\n") * 9 + json.dumps({"text": "cat"}) + "\n")
     config = configs.change(TINY, out=tmp_path / "run", teacher=files.untied, data=(mixed,), student_tokenizer=path)
-    (note,) = load_texts(config.data, load_models(config.student, 64, 0), 0, make_mesh(1, 1), DATE).notes
+    (note,) = load_texts(
+        config.data, load_models(config.student, 64, 0), 0, make_mesh(1, 1), DATE, config.losses
+    ).notes
     assert re.match(
         "[34] of the first 4 texts are left out, .* has '.*the cat.*', the tokens of .* spell '.*thecat", note
     )

@@ -33,7 +33,8 @@ from minalm.run.checkpoint import latest
 from minalm.run.settings import flat
 
 FORMAT = "minalm run 1"
-MAY_CHANGE = (  # settings that may differ when a run is resumed
+MAY_CHANGE = (  # settings that may differ when a run is resumed; of texts, what they hold is compared, not their names
+    *("data", "held_out", "data_cache"),
     *("out", "resume", "overwrite", "accept_changes", "compilation_cache", "log_interval", "save_interval"),
     *("evaluation_interval", "samples", "mesh", "steps", "remat", "accumulation", "compute_dtype"),
 )
@@ -248,7 +249,8 @@ def resume_run(
                 f"--steps is {settings['steps']} but the run in {config.out} has done {step}: give at least that"
             )
         record = json.loads((run.path / "run.json").read_bytes())
-        for name in (name for name, value in fingerprints.items() if record["read"].get(name) != value):
+        names = dict.fromkeys([*fingerprints, *record["read"]])
+        for name in (name for name in names if record["read"].get(name) != fingerprints.get(name)):
             if not config.accept_changes:
                 raise InputError(
                     f"{name} is not what the run in {config.out} has read so far: give the same, "

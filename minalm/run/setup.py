@@ -1,7 +1,9 @@
 """What a run reads: the models that it begins with, and its text."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +29,8 @@ from minalm.parallel.mesh import local_rows
 from minalm.run.fingerprint import model_fingerprint
 from minalm.text.corpus import Corpus, read_corpus, text_corpus
 from minalm.text.documents import Piece, Special
+from minalm.text.rows import RowReader
+from minalm.text.sources import parse_source, shares
 from minalm.text.stdlib import stdlib_documents
 from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.pair_bias import UnbiasedEnds, read_pair_bias
@@ -280,9 +284,17 @@ class DataConfig:
     """What is read, and how it becomes rows."""
 
     data: tuple[Path, ...] = ()
-    """Training text: .txt and .jsonl files (`text` or `messages`), or folders of them."""
+    """Training text: files (.txt, .jsonl, .json, .parquet, each also .gz or .zst), folders of them, folders that
+    `datasets` saved, or datasets of the hub as org/name, each maybe with :WEIGHT (docs/data.md)."""
     held_out: tuple[Path, ...] = ()
     """Text for the evaluation at both ends of the run, in the same forms."""
+    text_column: str | None = None
+    """The column of rows that is their text. By default the columns say what they are: text, messages, conversations,
+    prompt and completion, or instruction and output."""
+    skip_bad_rows: bool = False
+    """Leave out the rows that cannot be read, and say which. Without it the first of them ends the run."""
+    data_cache: Path | None = None
+    """Folder of indexes, and of copies of what is compressed. Default: minalm in the user's cache folder."""
     stdlib: bool = False
     """Where --data or --held-out name no files: the sources of Python's standard library, split by a hash of paths."""
     stdlib_fraction: float = 1.0
@@ -301,7 +313,13 @@ class DataConfig:
     @property
     def inputs(self) -> list[Path]:
         """Files and folders that are read."""
-        return [*self.data, *self.held_out]
+        return [Path(parse_source(str(name)).name) for name in (*self.data, *self.held_out)]
+
+    @property
+    def cache(self) -> Path:
+        """The folder of indexes and copies."""
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return self.data_cache or Path(home, "minalm")
 
     def check(self, needs_text: bool) -> None:
         """Raises InputError for values that make no sense."""
@@ -310,7 +328,10 @@ class DataConfig:
         if not 0.0 < self.stdlib_fraction <= 1.0:
             raise InputError(f"--stdlib-fraction is {self.stdlib_fraction}: it must be above 0 and at most 1")
         if needs_text and not self.data and not self.stdlib:
-            raise InputError("there is no text to train on: name .txt or .jsonl files with --data")
+            raise InputError("there is no text to train on: name files or folders with --data")
+        shares([parse_source(str(name)) for name in self.data])
+        if weighted := [name for name in self.held_out if parse_source(str(name)).weight is not None]:
+            raise InputError(f"--held-out {weighted[0]} has a weight, which is for --data alone: leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,25 +373,32 @@ class Texts:
 
 
 def load_texts(
-    config: DataConfig, models: Models, seed: int, mesh: Mesh, date: str, needs_bytes: bool = False
+    config: DataConfig,
+    models: Models,
+    seed: int,
+    mesh: Mesh,
+    date: str,
+    losses: LossConfig,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Texts:
-    """Training and held-out text; all of it is read and checked. `date` is what chat templates take for today.
+    """Training and held-out text; all of it is read and checked. `date` is what chat templates take for today; `say`
+    hears what takes time.
 
     Raises InputError.
     """
     student, teacher = models.student, models.teacher
     vocabularies = student.vocabulary, (teacher or student).vocabulary
     read_chat = ChatReader(*vocabularies, config.mask_prompt, date)
-    training = read_texts(config, config.data, "training", config.stdlib_fraction, read_chat)
-    held_out = read_texts(config, config.held_out, "held_out", 1.0, read_chat)
-    notes = []
+    training = read_texts(config, "training", read_chat, say)
+    held_out = read_texts(config, "held_out", read_chat, say)
+    notes = text_notes(filter(None, (training, held_out)))
     if models.maps is not None:
         _, ours, theirs = models.maps.shape
         notes.append(
             f"hidden states of width {ours} are compared with the teacher's of width {theirs} through a map that is learnt "
             "too, and is no part of the student"
         )
-    if needs_bytes and models.prefixes.missing:
+    if losses.needs_bytes and models.prefixes.missing:
         words = ", ".join(map(repr, models.prefixes.missing))
         notes.append(
             f"next_byte leaves out the probability of the teacher's special tokens that the student lacks: {words}"
@@ -379,23 +407,24 @@ def load_texts(
         config=config,
         training=training,
         held_out=held_out,
-        notes=[*(f"{count:,} chats {note}" for note, count in read_chat.notes.items()), *notes],
+        notes=notes,
         student=Side(student.vocabulary, student.suffixes, config.student_length),
         teacher=teacher
         and Side(teacher.vocabulary, teacher.suffixes, config.teacher_length, models.prefixes, models.unbiased),
         seed=seed,
         mesh=mesh,
-        needs_bytes=needs_bytes,
+        needs_bytes=losses.needs_bytes,
     )
-    return dataclasses.replace(texts, notes=[*texts.notes, *check_targets(texts), *unbiased_share(texts)])
+    return dataclasses.replace(texts, notes=[*texts.notes, *check_targets(texts, losses), *unbiased_share(texts)])
 
 
-def check_targets(texts: Texts) -> list[str]:
+def check_targets(texts: Texts, losses: LossConfig) -> list[str]:
     """What a user should know of the texts that are left out, if those are most of the first batch.
 
-    Raises InputError if there is nothing to learn: no target that counts in the first BATCHES batches, or in all text.
-    Of several processes each looks at its own rows.
+    Raises InputError if there is nothing to learn: if in the first BATCHES batches, or in all text, nothing counts in
+    one of the losses that are on. Of several processes each looks at its own rows.
     """
+    waiting = set(losses.names)
     rows, size = texts.config.batch_size, len(texts.training)
     left_out, seen, example = 0, 0, None
     for step in range(min(BATCHES, -(-size // rows))):
@@ -404,22 +433,36 @@ def check_targets(texts: Texts) -> list[str]:
         batch = make_batch(pieces, texts.student, texts.teacher)
         left_out, seen = left_out + int(batch.left_out.sum()), seen + len(pieces)
         example = next((p for p, out in zip(pieces, batch.left_out) if out), None) if example is None else example
-        if batch.student.weight.any():
+        waiting = {name for name in waiting if not counts_in(name, batch)}
+        if not waiting:
             break
     why = "" if example is None else why_left_out(example, texts.student, texts.teacher)
-    if not batch.student.weight.any() and left_out == seen:
+    if waiting and left_out == seen:
         raise InputError(
             f"all of the first {seen} texts are left out, since a tokenizer does not spell them ({why}): "
             "use another tokenizer"
         )
-    if not batch.student.weight.any():
+    if waiting:
         also = f", and {left_out} texts are left out: {why}" if left_out else ""
+        which = "the losses" if len(waiting) == len(losses.names) else " or ".join(sorted(waiting))
         raise InputError(
-            f"nothing in the first {seen} texts counts in the losses{also}: "
+            f"nothing in the first {seen} texts counts in {which}{also}: "
             "give other text, longer rows, or no --mask-prompt"
         )
     share = f"{left_out} of the first {seen} texts are left out, since a tokenizer does not spell them: {why}"
     return [share] if 2 * left_out > seen else []
+
+
+def counts_in(loss: str, batch: Batch) -> bool:
+    """Whether anything in a batch counts in the loss of this name."""
+    chunks = batch.chunks
+    if loss == "alm":
+        return bool((chunks.teacher_chunk >= 0).any())
+    if loss == "next_byte":
+        return bool((batch.bytes.within >= 0).any() or (batch.bytes.after >= 0).any())
+    if loss == "latents":
+        return bool(((chunks.student_chunk_end >= 0) & (chunks.teacher_chunk_end >= 0)).any())
+    return bool(batch.student.weight.any())
 
 
 def unbiased_share(texts: Texts) -> list[str]:
@@ -451,15 +494,30 @@ def unbiased_share(texts: Texts) -> list[str]:
 
 def read_texts(
     config: DataConfig,
-    files: tuple[Path, ...],
     split: Literal["training", "held_out"],
-    fraction: float,
     read_chat: ChatReader,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Corpus | None:
-    """The documents of files or, where none are named, of the standard library if it is wanted. Raises InputError."""
-    if files:
-        return read_corpus(files, config.piece_bytes, read_chat)
-    return text_corpus(stdlib_documents(split, fraction), config.piece_bytes) if config.stdlib else None
+    """The documents of --data or --held-out or, where it names nothing, of the standard library if that is wanted.
+    Raises InputError."""
+    fraction = config.stdlib_fraction if split == "training" else 1.0
+
+    def library() -> list[str]:
+        return stdlib_documents(split, fraction)
+
+    if names := config.data if split == "training" else config.held_out:
+        reader = RowReader(read_chat, config.text_column, config.mask_prompt, config.skip_bad_rows)
+        return read_corpus(names, config.piece_bytes, reader, config.cache, library, say)
+    return text_corpus(library(), config.piece_bytes) if config.stdlib else None
+
+
+def text_notes(corpora: Iterable[Corpus]) -> list[str]:
+    """What a user should know of texts, a sentence each."""
+    notes, chats = [], Counter()
+    for corpus in corpora:
+        notes += corpus.notes
+        chats.update(corpus.chats)
+    return [*(f"{count:,} chats {note}" for note, count in chats.items()), *notes]
 
 
 def fingerprints(student: StudentConfig, texts: Texts, losses: LossConfig) -> dict[str, str]:

@@ -5,6 +5,7 @@ found in the result is the template's own; then the messages are restored. Where
 both read the same text. Where not, the texts of the messages are shared, and what stands between them is a Markup.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,19 @@ class ChatReader:
     date: str  # ISO 8601; what templates take for today
     notes: dict[str, int] = field(default_factory=dict)  # what a user should know -> in how many chats
     _checked: set[str] = field(default_factory=set)  # shapes of chats whose messages were found in what was written
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of all that a chat's document depends on, beside the chat."""
+        parts: list[Any] = [self.mask_prompt, self._is_shared]
+        for side in (self.student, self.teacher):
+            template = side.chat_template
+            written = None if template is None else (dict(template.sources), dict(template.names))
+            header = [side.token_bytes[number].hex() for number in side.special.values()]
+            parts.append((dict(side.special), header, dict(side.names), dict(side.strips), written))
+            if template is not None and any("strftime_now" in source for source in template.sources.values()):
+                parts.append(self.date)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __call__(self, row: Mapping[str, Any], add_generation_prompt: bool = False) -> Piece:
         """The document of a row; () if nothing is said. With `add_generation_prompt` an answer may follow it.
