@@ -6,6 +6,13 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
 extras = project["optional-dependencies"]
-for line in (*project["dependencies"], *extras["tpu"], *extras["eval"], *extras["test"]):
+for line in (
+    *project["dependencies"],
+    *extras["tpu"],
+    *extras["eval"],
+    *extras["data"],
+    *extras["hub"],
+    *extras["test"],
+):
     if (found := re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", line)) is not None:
         print(f"{found[1]}=={found[2]}")

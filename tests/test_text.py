@@ -235,7 +235,9 @@ def test_files_of_folders_in_order(tmp_path: Path) -> None:
 
 def test_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "plain"}')
-    assert read_corpus([tmp_path], 200, RowReader(read_chat)).has_chats and not text_corpus(["plain"], limit=100).has_chats
+    assert (
+        read_corpus([tmp_path], 200, RowReader(read_chat)).has_chats and not text_corpus(["plain"], limit=100).has_chats
+    )
     with pytest.raises(InputError, match="x.jsonl, line 1: a chat, which cannot be read without a chat template"):
         read_corpus([tmp_path], limit=200)
 
@@ -250,7 +252,11 @@ CHAT = '{"messages": [{"role": "user", "content": "good"}]}\n'
         ("a.jsonl", CHAT + "[" * 100_000, "a.jsonl, line 2: not JSON"),
         ("a.jsonl", CHAT + "\n[1]", "a.jsonl, line 3: not an object with one of `text`, `messages`"),
         ("a.jsonl", '{"txt": "a"}', "line 1: it has of `text`, .* none: .* .the row has the keys txt."),
-        ("a.jsonl", '{"text": "a", "messages": []}', "line 1: it has of .* `text` and `messages`, of which one .* keys text, messages."),
+        (
+            "a.jsonl",
+            '{"text": "a", "messages": []}',
+            "line 1: it has of .* `text` and `messages`, of which one .* keys text, messages.",
+        ),
         ("a.jsonl", '{"text": 3}', "`text` is not a string"),
         ("a.jsonl", '{"text": "\\ud83d"}', "half of a surrogate pair"),
         ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl, line 1: not UTF-8"),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -298,6 +299,24 @@ def test_golden_metrics(finished):
 
 
 # --- going on -----------------------------------------------------------------------------------------------------
+
+
+def test_forms_of_data_in_a_run_that_goes_on_elsewhere(files, tmp_path, monkeypatch):
+    """A table, a compressed file and a folder of `datasets`, by relative names, from two working folders."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([json.loads(line) for line in files.data.read_text().splitlines()])
+    table.select(range(8)).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(files.data.read_bytes()))
+    table.save_to_disk(tmp_path / "table")
+    (tmp_path / "below").mkdir()
+    words = [*arguments(files, tmp_path / "run", data=None, save_interval=1), "--data"]
+    monkeypatch.chdir(tmp_path)
+    train.cli([*words, "a.parquet:2", "b.jsonl.gz", "table", "--steps", "1"])
+    monkeypatch.chdir(tmp_path / "below")
+    train.cli([*words, "../a.parquet:2", "../b.jsonl.gz", "../table", "--steps", "2", "--resume"])
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2]
+    found = refused([*words, "../a.parquet:3", "../b.jsonl.gz", "../table", "--steps", "2", "--resume"])
+    assert "the training text is not what the run" in found
 
 
 def test_a_run_goes_on_bit_for_bit(finished, stopped, files, tmp_path):
@@ -1141,9 +1160,7 @@ def test_nothing_to_learn(files, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text((json.dumps({"text": "the cat"}) + "\n") * 9 + json.dumps({"text": "cat"}) + "\n")
     config = configs.change(TINY, out=tmp_path / "run", teacher=files.untied, data=(mixed,), student_tokenizer=path)
-    (note,) = load_texts(
-        config.data, load_models(config.student, 64, 0), 0, make_mesh(1, 1), DATE, config.losses
-    ).notes
+    (note,) = load_texts(config.data, load_models(config.student, 64, 0), 0, make_mesh(1, 1), DATE, config.losses).notes
     assert re.match(
         "[34] of the first 4 texts are left out, .* has '.*the cat.*', the tokens of .* spell '.*thecat", note
     )

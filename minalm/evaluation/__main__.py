@@ -45,7 +45,7 @@ class Config:
     tasks: str = ""
     """Tasks or groups of the LM Evaluation Harness, with commas (pip install 'minalm[eval]')."""
     text: tuple[Path, ...] = ()
-    """.txt files (one document each), .jsonl files with a `text` a line, or folders of them: bits per byte."""
+    """Text in the forms that train.py reads as data (docs/data.md), not weighted: bits per byte."""
     ensemble: bool = False
     """Take the models for one."""
     weights: tuple[float, ...] | None = None

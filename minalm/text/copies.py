@@ -11,8 +11,9 @@ import io
 import json
 import re
 import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,8 +50,12 @@ def write_copy(path: Path, form: Form, columns: Sequence[str], target: BinaryIO)
     columns alone if it is a table. Raises InputError for what is damaged or of another form."""
     with open_regular(path) as file:
         if form.kind == ".parquet":
-            _copy_parquet(path, _seekable(path, form, file), columns, target)
-            return
+            if not form.packed:
+                return _copy_parquet(path, file, columns, target)
+            with tempfile.TemporaryFile() as unpacked:
+                shutil.copyfileobj(_unpacked(path, form, file), unpacked, BLOCK)
+                unpacked.seek(0)
+                return _copy_parquet(path, unpacked, columns, target)
         stream = _text_stream(path, _unpacked(path, form, file))
         if form.kind == ".json":
             _copy_json(path, stream, target)
@@ -89,7 +94,7 @@ class _Stream(io.RawIOBase):
         return size
 
 
-def _unpacked(path: Path, form: Form, file: BinaryIO) -> BinaryIO:
+def _unpacked(path: Path, form: Form, file: io.BufferedReader) -> io.BufferedReader:
     """What a file holds, of a compressed one the contents."""
     if not form.packed:
         return file
@@ -104,7 +109,7 @@ def _unpacked(path: Path, form: Form, file: BinaryIO) -> BinaryIO:
     return io.BufferedReader(_Stream(read), BLOCK)
 
 
-def _zstd(path: Path, file: BinaryIO) -> BinaryIO:
+def _zstd(path: Path, file: io.BufferedReader) -> Any:
     """A reader of all frames of a file: Python's own from 3.14 on, else that of the package `zstandard`."""
     try:
         from compression import zstd
@@ -132,9 +137,8 @@ def _zstd_errors(form: Form) -> tuple[type[Exception], ...]:
     return (zstd.ZstdError,)
 
 
-def _text_stream(path: Path, stream: BinaryIO) -> BinaryIO:
+def _text_stream(path: Path, stream: io.BufferedReader) -> io.BufferedReader:
     """The text as UTF-8, without a byte order mark."""
-    stream = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, BLOCK)
     size, encoding = byte_order(stream.peek(4)[:4])
     stream.read(size)
     if encoding == "utf-8":
@@ -157,7 +161,7 @@ def _text_stream(path: Path, stream: BinaryIO) -> BinaryIO:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def _copy_json(path: Path, stream: BinaryIO, target: BinaryIO) -> None:
+def _copy_json(path: Path, stream: io.BufferedReader, target: BinaryIO) -> None:
     """The elements of a list, or values one after the other, each on a line of its own. What is in memory is a block
     and the value under way."""
     reader, space = codecs.getreader("utf-8")(stream), re.compile(r"[ \t\r\n]*")
@@ -207,19 +211,7 @@ def _is_cut_short(error: Exception, text: str) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
 
 
-def _seekable(path: Path, form: Form, file: BinaryIO) -> BinaryIO:
-    """A Parquet file as one that can be read from anywhere."""
-    if not form.packed:
-        return file
-    import tempfile
-
-    unpacked = tempfile.TemporaryFile()
-    shutil.copyfileobj(_unpacked(path, form, file), unpacked, BLOCK)
-    unpacked.seek(0)
-    return unpacked
-
-
-def _copy_parquet(path: Path, file: BinaryIO, columns: Sequence[str], target: BinaryIO) -> None:
+def _copy_parquet(path: Path, file: io.BufferedIOBase, columns: Sequence[str], target: BinaryIO) -> None:
     try:
         import pyarrow
         import pyarrow.parquet

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import BinaryIO
 
 from minalm.errors import InputError
-from minalm.text.documents import Markup, Piece, Segment, Special
+from minalm.text.documents import Markup, Piece, Special
 
 # How many bytes of a piece's limit a Special or a Markup of one word counts as, whatever tokens stand for it: 14 is the
 # most that a known tokenizer needs (TinyLlama's bytes for a header), and texts are between them. A Markup of several

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 import unicodedata
 from array import array
@@ -160,7 +159,8 @@ def _replaced(path: Path, stamped: bool = False) -> Iterator[BinaryIO]:
             raise
         raise no_room(path.parent, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def no_room(folder: Path, error: OSError) -> InputError:
@@ -237,9 +237,7 @@ def _load(place: Path) -> Index | None:
         tables = [np.load(place / f"{name}.npy", mmap_mode="r") for name in TABLES]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Index(
-        *tables, place / "long.jsonl", about["has_chats"], about["notes"], about["left_out"], about["named"]
-    )
+    return Index(*tables, place / "long.jsonl", about["has_chats"], about["notes"], about["left_out"], about["named"])
 
 
 class _Document(NamedTuple):
@@ -323,6 +321,8 @@ def _documents(file: TextFile, reader: RowReader) -> Iterator[tuple[int, _Docume
         else:
             place = mark
             for number, line in enumerate(opened, start=1):
+                if place + len(line) > file.stamp[0]:  # it may grow without end
+                    check_unchanged(file.path, opened, file.stamp)
                 if line.strip():
                     try:
                         document = reader.parse(line)

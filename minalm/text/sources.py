@@ -1,12 +1,13 @@
 """What is named as data: files, folders of them, folders that `datasets` saved, datasets of its hub, and their weights."""
 
+import io
 import os
 import re
 import stat
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from minalm.errors import InputError
 
@@ -69,7 +70,9 @@ class Found(NamedTuple):
     """The files of a source, in order."""
 
     files: tuple[Path, ...]
-    table: str | None = None  # what `datasets` calls the files, all of one table: "folder" or "org/name", with its split
+    table: str | None = (
+        None  # what `datasets` calls the files, all of one table: "folder" or "org/name", with its split
+    )
     notes: tuple[str, ...] = ()  # what a user should know
 
 
@@ -109,7 +112,7 @@ def _check_mode(path: Path, mode: int) -> None:
         raise InputError(f"{path} is {kind}, not a file, which is read again and again: write its text to a file")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Opens a file for reading; raises InputError for what is none, and never waits for a pipe's other end."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     try:
@@ -192,7 +195,7 @@ def _hub_table(name: str) -> Found:
     return Found(tuple(files), name)
 
 
-def load_table(name: str) -> "object":
+def load_table(name: str) -> Any:
     """The `datasets.Dataset` of a saved folder or of the hub's org/name, org/name/CONFIGURATION, each with #SPLIT.
     Raises InputError."""
     try:
