@@ -56,11 +56,9 @@ def zstandard_of(data: bytes) -> bytes:
 
 
 def parquet_of(rows, **how) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink, **how)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink, **how)
     return sink.getvalue().to_pybytes()
 
 

@@ -1062,7 +1062,7 @@ def test_bad_settings(files, tmp_path):
     cases = (
         ({"data": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
         ({"data": None}, "no text to train on"),
-        ({"data": empty}, "no .txt or .jsonl file below"),
+        ({"data": empty}, "there is no file below"),
         ({"held_out": tmp_path / "none.txt"}, "none.txt does not exist"),
         ({"teacher": tmp_path / "none"}, "none"),
         ({"student_tokenizer": tmp_path / "none"}, "none does not exist"),
@@ -1098,7 +1098,7 @@ def test_bad_settings(files, tmp_path):
 
 def test_bad_presets(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "no text to train on: name .txt or .jsonl files with --data" in refused(["gemma2-2b-it-byte"])
+    assert "no text to train on: name files or folders with --data" in refused(["gemma2-2b-it-byte"])
     data = ["--data", str(files.data), "--mesh.fsdp", "1", "--mesh.tp", "1"]
     assert "gemma-2-2b-it" in refused(["gemma2-2b-it-byte", *data])
     for loss in ("alm", "latents"):
@@ -1113,13 +1113,13 @@ def test_bad_presets(files, tmp_path, monkeypatch):
     (
         ("latin.txt", "é".encode("latin-1"), "latin.txt is not UTF-8"),
         ("broken.jsonl", b'{"text": "good"}\n{"text": \n', "broken.jsonl, line 2: not JSON"),
-        ("other.jsonl", b'{"content": "x"}\n', "other.jsonl, line 1: not an object with either `text` or `messages`"),
+        ("other.jsonl", b'{"content": "x"}\n', "other.jsonl, line 1: it has of `text`, `messages`"),
         (
             "role.jsonl",
             b'{"messages": [{"role": "tool", "content": "x"}]}\n',
             "so it cannot write chats: give plain texts, or a tokenizer with one",
         ),
-        ("text.csv", b"x", "text.csv is neither .txt nor .jsonl"),
+        ("text.csv", b"x", "text.csv is none of .txt"),
         ("empty.txt", b"", "there is no text in"),
     ),
 )
