@@ -13,7 +13,7 @@ from tokenizers import normalizers
 
 from minalm.errors import InputError
 from minalm.generation import speculation
-from minalm.generation.engine import DRAFT, Generator
+from minalm.generation.engine import DRAFTS, Generator
 from minalm.generation.sampling import SamplingConfig
 from minalm.generation.speculation import LookupDraft, ModelDraft, Pace, speculate
 from minalm.huggingface.loaded import LoadedModel
@@ -173,7 +173,7 @@ def test_a_draft_proposes_the_bytes_of_what_it_would_write(monkeypatch):
     monkeypatch.setattr(draft.generator, "generate", known)
     ids, proposed = [*text.encode()], 0
     for end in range(1, len(ids)):
-        found = draft.propose(ids[:end], DRAFT)
+        found = draft.propose(ids[:end], DRAFTS[1])
         assert found == ids[end : end + len(found)]
         proposed += len(found)
     assert proposed > 2 * len(ids)
@@ -202,12 +202,42 @@ def test_drafts_that_do_not_pay_are_left():
     pace = Pace()
     assert pace.wait() == 0
     for _ in range(40):
-        pace.note("single", 1.0, 1)
-        pace.note("drafted", 3.0, 1)
+        pace.note_single(1.0, 1)
+        for length in DRAFTS:
+            pace.note_draft(length, 3.0, length, 0)
     assert 90 <= pace.wait() <= 101  # (3 - 1) / 0.02 tokens of one second: a trial loses 2 % of them
-    pace.note("drafted", 1000.0, 1)  # a program was compiled
+    pace.note_draft(pace.length(), 1000.0, pace.length(), 0)  # a program was compiled
     assert pace.wait() < 200
     for _ in range(40):
-        pace.note("drafted", 3.0, 6)
+        pace.note_draft(8, 3.0, 8, 6)
     assert pace.wait() == 0
     assert speculation.Statistics(4, 2, 1, 3).__str__().startswith("drafts 1, 2 of 4 tokens accepted (50%)")
+
+
+@pytest.mark.parametrize(
+    ("accepted", "seconds", "best"),
+    (
+        (8, {8: 1.1}, 16),  # always right, and as good as free
+        (1, {8: 1.0}, 16),  # seldom right, but longer ones cost nothing
+        (1, {8: 2.4}, 4),  # seldom right, and each token costs
+        (8, {8: 3.0, 16: 30.0}, 8),  # what has been measured counts
+    ),
+)
+def test_the_length_of_a_draft_follows_what_was_accepted(accepted, seconds, best):
+    pace = Pace()
+    assert pace.length() == 8
+    for _ in range(40):
+        pace.note_single(1.0, 1)
+        for length, each in seconds.items():
+            pace.note_draft(length, each, length, accepted)
+    assert pace.length() == best
+
+
+def test_every_length_of_a_draft_gives_the_same_text(made, monkeypatch):
+    monkeypatch.setattr(Pace, "wait", lambda self: 0)
+    prompt = np.array([99, 100, 97], np.int32)
+    [plain] = made.generate([prompt], GREEDY, 40, ())
+    for length in DRAFTS:
+        monkeypatch.setattr(Pace, "length", lambda self, length=length: length)
+        found, statistics = speculate(made, prompt, Oracle([*prompt.tolist(), *plain], length), GREEDY, 40, ())
+        assert found == plain and statistics.drafts

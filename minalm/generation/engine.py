@@ -38,7 +38,7 @@ PIECE = {"cpu": 32}  # columns of a prompt that are read at a time
 PIECE_ELSEWHERE = 256
 MOST_STEPS = 64  # tokens a row that one call writes
 SECONDS = 0.1  # that a call should take if somebody is waiting for what it writes
-DRAFT = 8  # tokens of a draft that are checked at once, at most
+DRAFTS = (4, 8, 16)  # tokens of a draft that are checked at once; each length is a program of its own
 MARGIN = WINDOW - 1  # columns before the first, for the bytes before the first byte
 STOPS = 16  # stop ids are filled up to a multiple of it, so that their number compiles nothing
 
@@ -338,11 +338,12 @@ class Session:
             return self._verify(draft, sampling, seed)
 
     def _verify(self, draft, sampling, seed):
-        self.make_room(DRAFT + 1)
-        padded = np.array([*draft, *[-1] * (DRAFT - len(draft))], np.int32)
+        length = min(length for length in DRAFTS if len(draft) <= length)
+        self.make_room(length + 1)
+        padded = np.array([*draft, *[-1] * (length - len(draft))], np.int32)
         self.state, tokens, made = self.generator._verify(self.generator.members, self.state, padded, sampling, seed)
         tokens, made = jax.device_get((tokens, made))
-        newest = self.column + DRAFT
+        newest = self.column + length
         self._moved(tokens[: int(made)], int(made))
         self.newest = max(self.newest, newest)
         return tokens[: int(made)].tolist()

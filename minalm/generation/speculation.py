@@ -1,8 +1,8 @@
 """Speculation: a draft proposes some tokens, and the model reads all of them at once (engine.verify). It changes nothing
 but the time: greedy continuations are the same, and samples have the same distribution.
 
-Whether it pays depends on how often drafts are right and on what they cost. Both are measured as the text is written:
-where drafts do not pay, tokens are made one by one, with a trial now and then.
+Whether it pays, and how long a draft should be, depends on how often drafts are right and on what they cost. Both are
+measured as the text is written: where drafts do not pay, tokens are made one by one, with a trial now and then.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minalm.errors import InputError
-from minalm.generation.engine import DRAFT, Generator, filled_up
+from minalm.generation.engine import DRAFTS, Generator, filled_up
 from minalm.generation.sampling import Sampling, SamplingConfig
 from minalm.generation.text import Continuation, stop_bytes
 from minalm.text.documents import Markup, Segment
@@ -139,25 +139,52 @@ class Pace:
     """What a token takes with drafts and without, and which is faster. One serves many texts."""
 
     single: float | None = None  # seconds of a token made alone
-    drafted: float | None = None  # seconds of a draft and its verification
-    gained: float = DRAFT / 2  # tokens that they give
-    first: set[str] = field(default_factory=set)  # what has been timed once: that time was compilation
+    drafted: dict[int, float] = field(default_factory=dict)  # of drafts of a length: seconds, with their verification
+    right: float = 2.0  # drafted tokens that were right, of late
+    tried: float = 3.0  # those, and the first wrong one of each draft
+    first: set[int] = field(default_factory=set)  # lengths (0: none) timed once: that time was compilation
 
-    def note(self, kind: str, seconds: float, tokens: int) -> None:
-        """Takes a measurement in."""
-        if kind not in self.first:
-            self.first.add(kind)
-        elif kind == "single":
+    def note_single(self, seconds: float, tokens: int) -> None:
+        """Takes in a call that made tokens one by one."""
+        if self._is_compiled(0):
             self.single = _mean(self.single, seconds / max(tokens, 1))
-        else:
-            self.drafted, self.gained = _mean(self.drafted, seconds), _mean(self.gained, tokens)
+
+    def note_draft(self, length: int, seconds: float, proposed: int, accepted: int) -> None:
+        """Takes in a draft for which `length` tokens were asked, from its making to its verification."""
+        if self._is_compiled(length):
+            self.drafted[length] = _mean(self.drafted.get(length), seconds)
+        self.right = FORGETTING * self.right + accepted
+        self.tried = FORGETTING * self.tried + min(accepted + 1, proposed)
+
+    def length(self) -> int:
+        """The length of draft that is expected to make most tokens a second."""
+        if self.single is None or not self.drafted:
+            return DRAFTS[len(DRAFTS) // 2]
+        return max(DRAFTS, key=lambda length: self._tokens(length) / self._seconds(length))
 
     def wait(self) -> int:
         """How many tokens to make one by one before the next draft: 0 where drafts are expected to be faster, or have
         not been timed, and else so many that the next trial costs LOSS of their time."""
-        if self.single is None or self.drafted is None:
+        if self.single is None or not self.drafted:
             return 0
-        return math.ceil(max(self.drafted - self.gained * self.single, 0.0) / (LOSS * self.single))
+        lost = self._seconds(self.length()) - self._tokens(self.length()) * self.single
+        return math.ceil(max(lost, 0.0) / (LOSS * self.single))
+
+    def _tokens(self, length):
+        """How many tokens a draft is expected to make, the one behind those that are right among them."""
+        rate = min(self.right / self.tried, 1.0)
+        return sum(rate**place for place in range(length + 1))
+
+    def _seconds(self, length):
+        """What a draft takes: as measured, or on the line through a single token and the nearest length measured."""
+        nearest = min(self.drafted, key=lambda other: abs(other - length))
+        more = max(self.drafted[nearest] - self.single, 0.0)
+        return self.single + more * length / nearest
+
+    def _is_compiled(self, length):
+        found = length in self.first
+        self.first.add(length)
+        return found
 
 
 def _mean(so_far, new):
@@ -195,17 +222,17 @@ def speculate(
     alone = max(pace.wait(), 2)  # tokens to make one by one before the next draft
     session = None
     while not written.ended:
-        if session is None or session.room() <= DRAFT:
+        if session is None or session.room() <= DRAFTS[-1]:
             text = np.append(prompt, np.array(written.ids, np.int32)).astype(np.int32)
             session = generator.session([[text]], max_tokens)
             alone = max(alone, 1)  # the text is read with the first
         proposed, began = [], time.perf_counter()
-        if not alone and session.room() > DRAFT:
-            left = max_tokens - len(written.ids)
-            proposed = draft.propose([*prompt.tolist(), *written.ids], min(DRAFT, left))
+        if not alone and session.room() > DRAFTS[-1]:
+            length, left = pace.length(), max_tokens - len(written.ids)
+            proposed = draft.propose([*prompt.tolist(), *written.ids], min(length, left))
         if proposed:
             new = session.verify(proposed, arrays, key)
-            pace.note("drafted", time.perf_counter() - began, len(new))
+            pace.note_draft(length, time.perf_counter() - began, len(proposed), len(new) - 1)
             statistics.drafts += 1
             statistics.proposed += len(proposed)
             statistics.accepted += len(new) - 1
@@ -214,7 +241,7 @@ def speculate(
             steps = min(alone or WITHOUT, max_tokens - len(written.ids))
             [new] = session.advance(steps, done, arrays, key, stops).tolist()
             if not reads:  # a call that reads the prompt too does not say what a token takes
-                pace.note("single", time.perf_counter() - began, len(new))
+                pace.note_single(time.perf_counter() - began, len(new))
             statistics.single += len(new)
             alone = max(alone - len(new), 0)
         if proposed:
