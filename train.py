@@ -3,7 +3,9 @@
     python train.py                                  # quickstart: a small subword model becomes byte-level
     python train.py quickstart --losses.latents 1    # every setting is a flag; `python train.py quickstart --help`
     python train.py smollm2-135m-byte --teacher SmolLM2-135M-Instruct --data chats.jsonl
+    python train.py transfer --teacher FOLDER --student FOLDER --data texts/     # any of them
     python train.py gemma2-2b-it-byte --data tulu3.jsonl --out runs/gemma --resume
+    python train.py --config runs/gemma/config.yaml --out runs/again --seed 1    # the settings of another run
     python train.py gemma2-2b-it-byte --mesh.fsdp 16 --mesh.tp 1 --compile-only v4:2x2x4   # what will it take?
 
 Read it from top to bottom: the settings, the state, the step, the run. The arithmetic of the losses is in
@@ -50,6 +52,7 @@ from minalm.parallel.mesh import (
     specs,
 )
 from minalm.run import checkpoint, console, estimate, setup
+from minalm.run.command_line import Command, parse
 from minalm.run.compute import ComputeConfig
 from minalm.run.export import export
 from minalm.run.folder import RunConfig, RunFolder, check_out, open_run, run_date
@@ -76,6 +79,8 @@ class Config:
     compute: Annotated[ComputeConfig, Flat] = ComputeConfig()
     losses: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
+    config: Path | None = None
+    """File of settings, as config.yaml of a run, that take the place of the preset's; flags come on top."""
     seed: int = 0
     """Seed of the data order, of random weights and of the samples."""
     compile_only: str | None = None
@@ -177,7 +182,7 @@ def gradients(
     metrics = {f"loss/{name}": value for name, value in zip(config.names, values, strict=True)}
     metrics |= {f"weight/{name}": weight for name, weight in zip(config.names, weights, strict=True)}
     metrics["bits_per_byte"] = losses.bits_per_byte(logp, batch.chunks.student_chunk, batch.chunks.text_bytes)
-    metrics["left_out"] = total(batch.left_out)
+    metrics["left_out"], metrics["bytes"] = total(batch.left_out), total(batch.chunks.text_bytes)
     if config.needs_bytes:  # the share of the targets for which the teacher says what the next byte is
         metrics["taught"] = normalizers["next_byte"] / jnp.maximum(total(batch.student.weight), 1.0)
     return grad, metrics
@@ -210,8 +215,9 @@ def train_step(
 # --- run ----------------------------------------------------------------------------------------------------------
 
 
-def main(config: Config) -> None:
+def main(command: Command) -> None:
     """A run: everything that can be wrong is found before anything is written."""
+    config = command.config
     config.run.use_compilation_cache()
     if config.compile_only is not None:
         return console.show_estimate(estimated(config))
@@ -236,14 +242,16 @@ def main(config: Config) -> None:
             prints = setup.fingerprints(config.student, texts, config.losses)
             run, changes = open_run(config.run, inputs, settings, defaults, prints, date, models.write_student)
     with contextlib.closing(run):
-        console.show_run(settings, models, mesh, [*changes, *texts.notes], texts, quiet=not is_first())
+        console.show_run(command, models, mesh, [*changes, *texts.notes], texts, quiet=not is_first())
         optimizer = make_optimizer(config.optimizer)
         state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype)
         with barrier():
             run.check_seen(jax.process_index())
             if config.run.resume and checkpoint.latest(run.checkpoints) is not None:
                 state = from_items(state, checkpoint.restore(run.checkpoints, items(state)))
-            recorder = Recorder(run, config.evaluation, texts, config.optimizer.steps, int(state.step))
+            peak = estimate.peak(mesh.devices.flat[0].device_kind, mesh.size, config.compute.dtype)
+            work = console.Work(estimate.run_flops(config.data, models, config.losses), peak)
+            recorder = Recorder(run, config.evaluation, texts, config.optimizer.steps, int(state.step), work)
         train(config, recorder, optimizer, state, frozen)
 
 
@@ -262,7 +270,7 @@ def train(
             state, metrics = update(state, frozen, shard_rows(next(batches), mesh))
             saves, evaluates = step % config.run.save_interval == 0 or step == last, recorder.evaluates(step)
             logs = saves or step % config.run.log_interval == 0
-            recorder.note(step, metrics, learning_rate(config.optimizer, step - 1) if logs else None)
+            recorder.note(step, metrics, float(learning_rate(config.optimizer, step - 1)) if logs else None)
             if saves or evaluates:  # not before its numbers were found to be good
                 recorder.flush()
             if evaluates:
@@ -310,13 +318,11 @@ def estimated(config: Config) -> estimate.Estimate:
 
 def cli(arguments: list[str], of_several: bool = False) -> None:
     """Without a preset, `quickstart` is used. `of_several`: on a cluster, this is one of several processes."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments = ["quickstart", *arguments]
     with exit_on_input_error():
-        config = tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog="train.py", description=__doc__)
+        command = parse(PRESETS, "quickstart", arguments, prog="train.py", description=__doc__)
         if of_several:
             join()
-        main(config)
+        main(command)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama 3.2 3B Instruct becomes byte-level by next_byte + sft." + FROM_THE_HUB,
         headline("llama3.2-3b-it-byte-next", "meta-llama/Llama-3.2-3B-Instruct", BEST),
     ),
+    # For whatever is given, so with the losses that any pair of tokenizers allows; a start, compared with nothing.
+    "transfer": (
+        "Any teacher, text and student: give --teacher and --data, and --student or --student-tokenizer if not bytes.",
+        dict(
+            run=RunConfig(out=Path("runs/transfer"), save_interval=500),
+            data=DataConfig(batch_size=16, piece_bytes=1024, student_length=1024, teacher_length=384),
+            losses=LossConfig(sft=1.0, alm=1.0),
+            optimizer=OptimizerConfig(steps=2_000, learning_rate=1e-4, warmup_steps=100, clip_norm=1.0),
+        ),
+    ),
     "smollm2-135m-byte": (
         "SmolLM2 135M Instruct becomes byte-level on one device." + FROM_THE_HUB,
         dict(

@@ -463,7 +463,7 @@ def test_the_learning_rate_rises_and_falls():
     config = OptimizerConfig(steps=10, warmup_steps=4, learning_rate=2.0)
     expected = [0.5, 1.0, 1.5, 2.0, 2.0, 2 * 5 / 6, 2 * 4 / 6, 1.0, 2 * 2 / 6, 2 * 1 / 6, 0.0]
     np.testing.assert_allclose([learning_rate(config, done) for done in range(11)], expected, rtol=1e-6)
-    on_device = [learning_rate(config, jnp.int32(done), jnp.minimum) for done in range(11)]
+    on_device = [learning_rate(config, jnp.int32(done), jnp) for done in range(11)]
     np.testing.assert_allclose(on_device, expected, rtol=1e-6)
     for warmup_steps, expected in ((0, [3.0, 2.0, 1.0]), (3, [1.0, 2.0, 3.0]), (8, [1.0, 2.0, 3.0])):
         config = OptimizerConfig(steps=3, warmup_steps=warmup_steps, learning_rate=3.0)

@@ -241,7 +241,7 @@ def test_outputs(finished, files):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     names = {f"{kind}/{loss}" for kind in ("loss", "weight") for loss in ("sft", "alm", "latents")}
     for row in rows:
-        assert row.keys() == names | {"step", "bits_per_byte", "gradient_norm", "learning_rate", "dropped"}
+        assert row.keys() == names | {"step", "bits_per_byte", "gradient_norm", "learning_rate", "dropped", "bytes"}
     summary = json.loads((finished / "summary.json").read_text())
     assert summary.keys() == {"bits_per_byte", "agreement", "greedy", "calibration", "steps", "seconds"}
     assert summary["bits_per_byte"].keys() == {"teacher", "student_start", "student_end"}

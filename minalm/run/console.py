@@ -1,51 +1,72 @@
 """What a run shows on the terminal. No arithmetic beyond counting what is shown."""
 
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from minalm.run.command_line import Command, changed
 from minalm.run.estimate import Estimate
-from minalm.run.settings import flat
+from minalm.run.settings import flat, plain
 from minalm.run.setup import Models, Texts
 from minalm.text.documents import Markup, Piece
 from minalm.tokenization.vocabulary import Vocabulary
 from minalm.types import Batch
 
+LINE_SECONDS = 30.0  # between two lines about a run that goes on, where there is no terminal
+WINDOW = 100  # steps whose mean time is the speed
+
 console = Console(highlight=False, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
-    """A line of plain text."""
-    console.print(text)
+    """A line of plain text, which is not broken."""
+    console.print(text, soft_wrap=True)
 
 
-def show_run(
-    settings: Mapping[str, Any], models: Models, mesh: Mesh, notes: Sequence[str], texts: Texts, quiet: bool
-) -> None:
-    """What a run begins with: its settings, its models, devices that have nothing to do, a chat, and how texts are
-    aligned.
+def show_run(command: Command, models: Models, mesh: Mesh, notes: Sequence[str], texts: Texts, quiet: bool) -> None:
+    """What a run begins with: the settings that are not its preset's, its models and text, devices that have nothing
+    to do, a chat, and how texts are aligned.
 
     `notes`: what else a user should know. `quiet`: this process shows nothing, now and later.
     """
     console.quiet = quiet
-    table = Table.grid(padding=(0, 2))
-    for name, value in flat(settings).items():
-        table.add_row(Text(name, "dim"), " ".join(map(str, value)) if isinstance(value, list) else str(value))
-    trained, frozen = eqx.partition(models.student.model, models.trained)
-    teacher = models.teacher and models.teacher.model
-    for name, model in {"student, trained": trained, "student, frozen": frozen, "teacher": teacher}.items():
-        if count := sum(leaf.size for leaf in jax.tree.leaves(model)):
-            table.add_row(Text(f"parameters: {name}", "bold"), f"{count:,}")
-    console.print(table)
+    settings = flat(plain(command.config))
+    differing = Table.grid(padding=(0, 2))
+    for name, (value, before) in changed(command).items():
+        differing.add_row("", Text(name, "bold"), Text(_setting(value)), Text(f"instead of {_setting(before)}", "dim"))
+    console.print(Text(command.base, "bold") + Text(", but for" if differing.row_count else ""))
+    if differing.row_count:
+        console.print(differing)
+    facts = Table.grid(padding=(0, 2))
+    trained, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(part)) for part in eqx.partition(models.student.model, models.trained)
+    )
+    facts.add_row("student", f"{trained:,} parameters are trained" + (f", {frozen:,} are frozen" if frozen else ""))
+    if models.teacher is not None:
+        facts.add_row("teacher", f"{sum(leaf.size for leaf in jax.tree.leaves(models.teacher.model)):,} parameters")
+    passes = settings["steps"] * settings["batch_size"] / len(texts.training)
+    facts.add_row(
+        "text",
+        f"{len(texts.training):,} pieces of at most {settings['piece_bytes']:,} bytes; {settings['steps']:,} steps of "
+        f"{settings['batch_size']} read them {passes:.2g} times",
+    )
+    if texts.held_out is not None:
+        facts.add_row("held out", f"{len(texts.held_out):,} pieces")
+    shape = f"{mesh.shape['fsdp']} x {mesh.shape['tp']}"
+    facts.add_row("devices", f"{shape} (fsdp x tp) {mesh.devices.flat[0].device_kind}")
+    console.print(facts)
     for note in notes:
         say(f"Note: {note}.")
     if idle := jax.device_count() - mesh.size:
@@ -78,12 +99,16 @@ def _tokens(ids: Int[np.ndarray, " time"], chunk: Int[np.ndarray, " time"], voca
     colours = ("black on cyan", "black on yellow", "black on magenta", "black on green")
     shown = Text()
     for token, number in zip(ids.tolist(), chunk.tolist()):
-        text = names.get(token) or vocabulary.token_bytes[token].decode(errors="replace")
+        text = names.get(token) or token_text(vocabulary.token_bytes[token])
         style = "bright_black" if number < 0 or token in names else colours[number % len(colours)]
-        shown.append(
-            _printable(text).replace("\n", "⏎").replace("\t", "⇥") + ("" if len(text.encode()) <= 1 else "·"), style
-        )
+        shown.append(text + ("" if len(vocabulary.token_bytes[token]) <= 1 else "·"), style)
     return shown
+
+
+def token_text(token: bytes) -> str:
+    """A token's bytes as one line of text; those of a character that is cut in two, and what no one can see, as hex."""
+    text = token.decode(errors="backslashreplace").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{c.encode().hex()}" for c in text)
 
 
 def show_alignment(batch: Batch, student: Vocabulary, teacher: Vocabulary, most: int = 40) -> None:
@@ -100,36 +125,118 @@ def show_alignment(batch: Batch, student: Vocabulary, teacher: Vocabulary, most:
     )
 
 
-def progress_bar() -> Progress:
-    """A bar with steps, losses, bits per byte and the time left; without a terminal nothing but the end is printed."""
-    return Progress(
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+class Work(NamedTuple):
+    """What a step has to do, as far as it is known."""
+
+    flops: float  # that the models need in a step, with nothing computed twice
+    peak: float | None  # FLOP/s of all chips together
 
 
-def progress_line(metrics: Mapping[str, float]) -> str:
-    """The losses that are on, and the bits per byte of the step's text."""
-    values = {name.removeprefix("loss/"): value for name, value in metrics.items() if name.startswith("loss/")}
-    values["bits/byte"] = metrics["bits_per_byte"]
-    return " ".join(f"{name} {value:.3f}" for name, value in values.items())
+class Progress:
+    """How a run goes on: at a terminal a bar that is always there, otherwise a line every LINE_SECONDS."""
+
+    def __init__(self, done: int, steps: int, work: Work):
+        self.step, self.steps, self.work = done, steps, work
+        self.metrics: Mapping[str, float] = {}
+        self.recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # (seconds, bytes of text) of each step
+        self.last = self.printed = None  # when the last step ended, and the last line was printed
+        self.live = Live(self, console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> "Progress":
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The numbers of a step that has just ended."""
+        now = time.monotonic()
+        if self.last is not None:
+            self.recent.append((now - self.last, metrics["bytes"]))
+        self.step, self.metrics, self.last = step, metrics, now
+        is_due = self.printed is None or now - self.printed >= LINE_SECONDS or step == self.steps
+        if self.live is None and self.recent and is_due:
+            self.printed = now
+            console.print(
+                "  ".join([f"step {step:,} of {self.steps:,}", *self.losses(), *self.speed()]), soft_wrap=True
+            )
+
+    def pause(self) -> None:
+        """What happens from here to the next step is none of its time."""
+        self.last = None
+
+    def losses(self) -> list[str]:
+        """The losses that are on, and the bits per byte of the step's text."""
+        names = [name for name in self.metrics if name.startswith("loss/")]
+        shown = [f"{name.removeprefix('loss/')} {_short(self.metrics[name])}" for name in names]
+        return [*shown, f"{self.metrics['bits_per_byte']:.3f} bits/byte"] if shown else []
+
+    def speed(self) -> list[str]:
+        """Text a second, the share of the chips' arithmetic that the models need (MFU), and the time left."""
+        if not self.recent:
+            return ["compiling"] if self.last is None else []
+        seconds, read = (sum(values) for values in zip(*self.recent))
+        each = max(seconds / len(self.recent), 1e-9)
+        shown = [f"{_decimal(read / len(self.recent) / each)}/s"]
+        if self.work.peak is not None:
+            shown.append(f"{self.work.flops / each / self.work.peak:.1%} MFU")
+        return [*shown, f"{duration((self.steps - self.step) * each)} left"]
+
+    def __rich__(self) -> RenderableType:
+        said = Text("  ".join([f"{self.step:,}/{self.steps:,}", *self.speed()]))
+        bar, losses = ProgressBar(self.steps, self.step), Text("  ".join(self.losses()))
+        if console.width < len(said) + 8:
+            return Group(bar, said, losses)
+        beside = Table.grid(padding=(0, 2), expand=True)
+        beside.add_column(ratio=1)
+        beside.add_row(bar, said)
+        return Group(beside, losses)
 
 
-def show_results(bits: Mapping[str, float | None], agreement: Mapping[str, float | None]) -> None:
-    """The table at the end: a row for the teacher and for the student before and after."""
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 3 min, 2 h 05 min, 3 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 100 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def _decimal(count: float) -> str:
+    """Bytes in kB or MB."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def _short(value: float) -> str:
+    """A number in about five characters."""
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0.0 else f"{value:.1e}"
+
+
+def _setting(value: Any) -> str:
+    """A setting as its flag takes it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def show_results(bits: Mapping[str, float | None], others: Mapping[str, Mapping[str, float | None]]) -> None:
+    """The table at the end: a row for the teacher and for the student before and after.
+
+    `others`: agreement, greedy and calibration, as in summary.json.
+    """
     table = Table(title="held-out text")
+    titles = {"agreement": "nats a chunk", "greedy": "greedy bytes", "calibration": "calibration"}
     table.add_column("")
-    table.add_column("bits per byte", justify="right")
-    table.add_column("mean |log p - log p of the teacher| per chunk", justify="right")
+    for title in ("bits per byte", *titles.values()):
+        table.add_column(title, justify="right")
     for title, name in (("teacher", "teacher"), ("student before", "student_start"), ("student after", "student_end")):
         if bits.get(name) is not None:
-            nats = agreement.get(name)
-            table.add_row(title, f"{bits[name]:.3f}", "" if nats is None else f"{nats:.3f}")
+            values = [bits[name], *(others[other].get(name) for other in titles)]
+            table.add_row(title, *("" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
 
 
@@ -138,11 +245,14 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
-def show_samples(samples: Sequence[tuple[str, str]]) -> None:
-    """Prompts, dim, and what the student made of them."""
-    for prompt, continuation in samples:
-        console.print(Text(_printable(prompt), "dim") + Text(_printable(continuation), "bold"))
-        console.rule(style="dim")
+def show_samples(prompts: Sequence[str], continuations: Mapping[str, Sequence[str]]) -> None:
+    """Held-out texts and how the student goes on with them. `continuations`: "before" and "after" the training."""
+    for number, prompt in enumerate(prompts):
+        console.rule(Text(f"sample {number + 1} of {len(prompts)}", "dim"), align="left", style="dim")
+        shown = {"prompt": prompt, **{f"student {when}": texts[number] for when, texts in continuations.items()}}
+        for label, text in shown.items():
+            console.print(Text(f"{label}\n", "bold blue") + Text(_printable(text)), soft_wrap=True)
+    console.rule(style="dim")
 
 
 def show_estimate(estimate: Estimate) -> None:

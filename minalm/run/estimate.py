@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -53,6 +54,18 @@ CHIPS = {
     "v5e": Chip("TPU v5e", int(15.75 * 2**30), 197e12, 2),
     "v5p": Chip("TPU v5p", int(95.74 * 2**30), 459e12, 3),
     "v6e": Chip("TPU v6e", int(31.25 * 2**30), 918e12, 2),
+}
+# JAX's name of a device begins with -> dense bfloat16 FLOP/s; the first that fits. GPUs: NVIDIA's data sheets.
+PEAKS = {
+    "TPU v4": CHIPS["v4"].peak,
+    "TPU v5 lite": CHIPS["v5e"].peak,
+    "TPU v5e": CHIPS["v5e"].peak,
+    "TPU v5": CHIPS["v5p"].peak,
+    "TPU v6": CHIPS["v6e"].peak,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
 }
 EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4 or cpu:8"
 
@@ -136,6 +149,13 @@ def model_flops(
     forward pass: a product each for the inputs and for the weights), and the teacher forward."""
     total = 3.0 * forward_flops(student, batch, student_time)
     return total if teacher is None else total + forward_flops(teacher, batch, teacher_time)
+
+
+def peak(kind: str, chips: int, dtype: jnp.dtype) -> float | None:
+    """bfloat16 FLOP/s of some chips of a kind, as JAX calls it (`Device.device_kind`); None where that is not known, or
+    not what a step is computed in."""
+    found = next((flops for name, flops in PEAKS.items() if kind.startswith(name)), None)
+    return None if found is None or dtype != jnp.bfloat16 else found * chips
 
 
 # --- FLOPs, from the jaxpr ----------------------------------------------------------------------------------------

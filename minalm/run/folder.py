@@ -35,7 +35,7 @@ from minalm.run.settings import flat
 FORMAT = "minalm run 1"
 MAY_CHANGE = (  # settings that may differ when a run is resumed; of texts, what they hold is compared, not their names
     *("data", "held_out", "data_cache"),
-    *("out", "resume", "overwrite", "accept_changes", "compilation_cache", "log_interval", "save_interval"),
+    *("config", "out", "resume", "overwrite", "accept_changes", "compilation_cache", "log_interval", "save_interval"),
     *("evaluation_interval", "samples", "mesh", "steps", "remat", "accumulation", "compute_dtype"),
 )
 REPORTED = ("steps", "remat", "accumulation", "compute_dtype", "mesh.fsdp", "mesh.tp")  # what changes the numbers

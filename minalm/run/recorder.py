@@ -52,17 +52,19 @@ class Recorder:
     The numbers of a step are fetched when the next one has been dispatched, so that devices never wait for the host.
     """
 
-    def __init__(self, run: RunFolder, config: EvaluationConfig, texts: Texts, steps: int, first: int):
+    def __init__(
+        self, run: RunFolder, config: EvaluationConfig, texts: Texts, steps: int, first: int, work: console.Work
+    ):
         self.run, self.config, self.texts, self.steps = run, config, texts, steps
         self.metrics, self.evaluations, self.samples = (
             run.log(name, first) for name in ("metrics", "evaluations", "samples")
         )
         last = self.metrics.rows[-1] if self.metrics.rows else {}
-        self.dropped, self.seconds_before = last.get("dropped", 0), last.get("seconds", 0.0)
+        self.dropped, self.bytes = last.get("dropped", 0), last.get("bytes", 0)
+        self.seconds_before = last.get("seconds", 0.0)
         self.began = time.monotonic()
         self.pending: tuple[int, dict[str, jax.Array], float | None] | None = None
-        self.bar = console.progress_bar()
-        self.task = self.bar.add_task("compiling", total=steps, completed=first)
+        self.bar = console.Progress(first, steps, work)
 
     def seconds(self) -> float:
         """Seconds of training so far, those before a --resume included."""
@@ -90,11 +92,11 @@ class Recorder:
                 f"step {step} gave numbers that are not finite ({values}): "
                 "start again with a lower --learning-rate or with --clip-norm"
             )
-        self.dropped += int(values.pop("left_out"))
-        self.bar.update(self.task, completed=step, description=console.progress_line(values))
+        self.bar.show(step, values)
+        self.dropped, self.bytes = self.dropped + int(values.pop("left_out")), self.bytes + int(values.pop("bytes"))
         if rate is not None:
-            row = {"step": step, "seconds": self.seconds(), **values, "learning_rate": rate, "dropped": self.dropped}
-            self.metrics.write(row)
+            sums = {"dropped": self.dropped, "bytes": self.bytes}
+            self.metrics.write({"step": step, "seconds": self.seconds(), **values, "learning_rate": rate, **sums})
 
     def evaluate(self, step: int, trained: PyTree, frozen: Any, dtype: jnp.dtype) -> None:
         """Measures held-out text and, at both ends, shows samples, unless the run has these rows already. Raises
@@ -123,9 +125,14 @@ class Recorder:
             )
             rows = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in shown]
             self.samples.write({"step": step, "samples": rows})
-            console.show_samples(shown)
+            rows_of = {"before": self.samples.at(0), "after": self.samples.at(step) if step else None}
+            continuations = {
+                when: [sample["continuation"] for sample in row["samples"]] for when, row in rows_of.items() if row
+            }
+            console.show_samples([prompt for prompt, _ in shown], continuations)
         if step == 0:
             self.began = time.monotonic()
+        self.bar.pause()
 
     def finish(self) -> None:
         """The table of results, and summary.json, on the first process."""
@@ -138,7 +145,7 @@ class Recorder:
                 ends[name] = row.get(measured)
             bits["teacher"] = row["bits_per_byte"].get("teacher")
         if self.texts.held_out is not None:
-            console.show_results(bits, others["agreement"])
+            console.show_results(bits, others)
         if self.dropped:
             console.say(f"{self.dropped} texts were left out: the two tokenizers do not spell them alike.")
         summary = {
