@@ -88,7 +88,7 @@ def learning_rate(config: OptimizerConfig, done: Any, np: ModuleType = numpy) ->
     elif config.schedule == "constant":
         factor = 1.0
     else:
-        factor = np.minimum((config.steps - done) / (config.decay_share * config.steps), 1.0)
+        factor = np.minimum((config.steps - done) / config.steps / config.decay_share, 1.0)
     return config.learning_rate * np.minimum((done + 1) / max(warmup, 1), factor)
 
 
