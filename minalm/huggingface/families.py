@@ -16,8 +16,18 @@ import numpy as np
 from jaxtyping import Shaped
 
 from minalm.errors import InputError
-from minalm.models.config import LinearScaling, Llama3Scaling, LongRopeScaling, ModelConfig, Rope, YarnScaling
+from minalm.models.config import (
+    FULL_ATTENTION,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelConfig,
+    Rope,
+    YarnScaling,
+)
 from minalm.models.transformer import abstract, leaves
+from minalm.tokenization.files import shortened
+from minalm.tokenization.special_tokens import MOST_IDS
 
 EXPANSION_BYTES = 16  # the longest original token that the input expansion looks for
 
@@ -333,6 +343,21 @@ SHARED = {
 }
 
 
+# The largest values that are let pass, far above those of any model: nothing is built of more. Others: LARGEST_NUMBER.
+LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "vocab_size": MOST_IDS,
+    "expand_input_ids_vocab_size": MOST_IDS,
+}
+LARGEST_NUMBER = FULL_ATTENTION  # int32 holds it, and the sum of two
+SMALLEST_FLOAT, LARGEST_FLOAT = (float(value) for value in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
 # --- config.json --------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +370,7 @@ class Keys:
         self.source, self.values, self.seen = source, values, set()
 
     def wrong(self, key: str, why: str) -> InputError:
-        return InputError(f"{self.source}: {key!r} is {self.values.get(key)!r}, {why}")
+        return InputError(f"{self.source}: {key!r} is {shortened(self.values.get(key))}, {why}")
 
     def read(self, key: str, default: Any = None) -> Any:
         self.seen.add(key)
@@ -367,15 +392,21 @@ class Keys:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(key, f"which is not a whole number of at least {least}: correct it")
+        if value > (most := LARGEST.get(key, LARGEST_NUMBER)):
+            raise self.wrong(key, f"which is more than {most:,}, as no model has it: correct it")
         return value
 
-    def number(self, key: str, default: float | None = None, optional: bool = False) -> float | None:
-        """A positive number; `optional` as in `whole`."""
+    def number(
+        self, key: str, default: float | None = None, optional: bool = False, most: float = LARGEST_FLOAT
+    ) -> float | None:
+        """A positive number of at most `most` that float32 holds; `optional` as in `whole`."""
         if optional and self.read(key, default) is None:
             return None
         value = self._needed(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self.wrong(key, "which is not a positive number: correct it")
+        if not SMALLEST_FLOAT <= value <= most:
+            raise self.wrong(key, f"which is not between {SMALLEST_FLOAT:.1g} and {most:.1g}: correct it")
         return float(value)
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
@@ -457,6 +488,11 @@ def _family_of(keys: Keys, sees: bool) -> Family:
     return family
 
 
+def longest_text(source: str, values: Mapping[str, Any]) -> int | None:
+    """`max_position_embeddings`, of which nothing is computed. Raises InputError if it is no number of positions."""
+    return _Keys(source, values).whole("max_position_embeddings", optional=True)
+
+
 def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:
     """The family and the architecture that the values of a config.json describe; `source` is what messages call it.
 
@@ -506,7 +542,7 @@ def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:
         query_scale=query_scale,
         attention_softcap=optional_number("attn_logit_softcapping"),
         final_softcap=optional_number("final_logit_softcapping"),
-        norm_eps=keys.number("rms_norm_eps", defaults["rms_norm_eps"]),
+        norm_eps=keys.number("rms_norm_eps", defaults["rms_norm_eps"], most=1.0),
         norm_plus_one=family.norm_plus_one,
         pre_norms=family.pre_norms,
         post_norms=family.post_norms,

@@ -41,7 +41,7 @@ class GenerationConfig:
 def read_generation_config(folder: Path) -> GenerationConfig:
     """What config.json and generation_config.json of a folder say. Raises InputError."""
     file = folder / "config.json"
-    length = families.text_values(str(file), weights.read_json(file)).get("max_position_embeddings")
+    length = families.longest_text(str(file), families.text_values(str(file), weights.read_json(file)))
     return GenerationConfig(length, _read_sampling(folder))
 
 

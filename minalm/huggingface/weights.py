@@ -25,6 +25,7 @@ from minalm.models.bolmo import Bolmo
 from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.kinds import abstract, from_leaves
 from minalm.models.transformer import Transformer, leaves
+from minalm.tokenization.files import read_bytes
 
 BLOCK = 4096  # rows of a tensor compared or converted at a time
 HUB_FILES = ("*.json", "*.jinja")  # what is fetched of a model of the hub, beside its tensors
@@ -32,6 +33,7 @@ IGNORED = re.compile(  # tensors that transformers ignores too: buffers of old v
     r".*\brotary_emb\.(inv_freq|cos_cached|sin_cached)"
 )
 INDEX = "model.safetensors.index.json"
+MOST_TENSORS = 1 << 17  # of a model
 STORED_DTYPES = {"BF16": DTYPES["bfloat16"], "F16": np.dtype(np.float16), "F32": DTYPES["float32"]}
 
 
@@ -52,7 +54,7 @@ def read_json(file: Path) -> Any:
         return result
 
     try:
-        return json.loads(file.read_bytes(), object_pairs_hook=once)
+        return json.loads(read_bytes(file), object_pairs_hook=once)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{file} does not exist: name the folder of a Hugging Face model") from error
     except OSError as error:
@@ -300,6 +302,11 @@ def _listed(index: Path) -> dict[str, str]:
     """The file of each tensor, as an index says. Raises InputError."""
     listed = read_json(index)
     listed = listed.get("weight_map") if isinstance(listed, dict) else None
+    if isinstance(listed, dict) and len(listed) > MOST_TENSORS:
+        raise InputError(
+            f"{index} lists {len(listed):,} tensors, where no model has more than {MOST_TENSORS:,}: "
+            "take it from the original model"
+        )
     if not isinstance(listed, dict) or not all(
         isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in listed.values()
     ):
@@ -311,6 +318,8 @@ def _listed(index: Path) -> dict[str, str]:
 
 def _open(file: Path) -> dict[str, Any]:
     """The handles of a file's tensors. They keep the file open. A tensor that is shared is under each of its names."""
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is a folder, a pipe or a device, and no file: fetch it again")
     try:
         with safe_open(file, framework="numpy") as opened:
             tensors = _with_shared({name: opened.get_slice(name) for name in opened.keys()}, opened.metadata())

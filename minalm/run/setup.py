@@ -392,6 +392,7 @@ def load_texts(
     training = read_texts(config, "training", read_chat, say)
     held_out = read_texts(config, "held_out", read_chat, say)
     notes = text_notes(filter(None, (training, held_out)))
+    notes += [note for vocabulary in dict.fromkeys(vocabularies) for note in vocabulary.notes]
     if models.maps is not None:
         _, ours, theirs = models.maps.shape
         notes.append(

@@ -8,14 +8,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minalm.errors import InputError
+from minalm.tokenization.files import read_bytes
 
 SECONDS = 10.0  # that a template may take
+LONGEST_SOURCE = 1 << 20  # characters; known ones have up to 30,000
+TOO_SLOW = f"it takes more than {SECONDS:.0f} seconds"
+TOO_LARGE = "it takes more than a gigabyte of memory"
 CLOCK = "2026-01-01"  # for renderings whose date does not matter
 
 
@@ -70,19 +75,26 @@ def read_chat_template(folder: Path, names: Mapping[str, str], special: Collecti
     file = folder / "chat_template.jinja"
     try:
         if file.is_file():
-            sources = {"default": file.read_bytes().decode()}  # every line break as it is
+            sources = {"default": read_bytes(file).decode()}  # every line break as it is
             others = sorted(folder.glob("additional_chat_templates/*.jinja"))
-            sources |= {other.stem: other.read_bytes().decode() for other in others}
+            sources |= {other.stem: read_bytes(other).decode() for other in others}
         else:
             file = folder / "tokenizer_config.json"
-            found = json.loads(file.read_text("utf-8")).get("chat_template") if file.is_file() else None
+            found = json.loads(read_bytes(file)).get("chat_template") if file.exists() else None
             if isinstance(found, list):  # several, with names
                 found = {item["name"]: item["template"] for item in found}
             sources = found if isinstance(found, dict) else {} if found is None else {"default": found}
         if not all(isinstance(source, str) for source in sources.values()) or (sources and "default" not in sources):
             raise TypeError
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} holds no chat template as text: take it from the original model") from error
+    if (length := sum(map(len, sources.values()))) > LONGEST_SOURCE:
+        raise InputError(
+            f"{file} holds a chat template of {length:,} characters, where none has more than {LONGEST_SOURCE:,}: "
+            "take it from the original model"
+        )
     if sources:
         return ChatTemplate(str(file), sources, names)
     if (name := family(special)) is None:
@@ -151,12 +163,24 @@ def special_token_places(template: ChatTemplate, special: SpecialTokens) -> dict
     return {(gap, n): word for gap, text in enumerate(gaps) for n, word in enumerate(special.split(text)[1::2])}
 
 
-def probe(template: ChatTemplate) -> list[str]:
-    """What the template writes for a few chats with the contents PROBE; fewer if it refuses some."""
+def probe(template: ChatTemplate) -> tuple[str, ...]:
+    """What the template writes for a few chats with the contents PROBE; fewer if it refuses some.
+
+    Raises InputError if it ends for want of time or memory, as it would in every chat.
+    """
+    return _probe(template.file, tuple(template.sources.items()), tuple(template.names.items()))
+
+
+@lru_cache
+def _probe(file: str, sources: tuple[tuple[str, str], ...], names: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    template = ChatTemplate(file, dict(sources), dict(names))
     user, assistant, system = ({"role": role, "content": content} for role, content in PROBE.items())
     chats = [[user, assistant] * 2, [user, assistant], [system, user, assistant], [user]]
     renders = [Render(template, chat, add_generation_prompt=len(chat) == 1) for chat in chats]
-    return [written for written, _ in render(renders, CLOCK) if written is not None]
+    found = render(renders, CLOCK)
+    if exhausted := next((why for _, why in found if why in (TOO_SLOW, TOO_LARGE)), None):
+        raise InputError(f"{file}: the chat template is given up, since {exhausted}: use another")
+    return tuple(written for written, _ in found if written is not None)
 
 
 # --- rendering ----------------------------------------------------------------------------------------------------
@@ -230,9 +254,9 @@ class _Worker:
                 self.requests.send_bytes(json.dumps(request).encode())
                 if self.answers.poll(SECONDS):
                     return json.loads(self.answers.recv_bytes())
-                why = f"it takes more than {SECONDS:.0f} seconds"
+                why = TOO_SLOW
             except (EOFError, OSError):
-                why = "it takes more than a gigabyte of memory"
+                why = TOO_LARGE
             self.close()
             return [[None, why]] * count
 

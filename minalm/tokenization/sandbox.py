@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 MEMORY = 1 << 30  # bytes of address space
-LONGEST = 1 << 26  # characters that a template may write
+LONGEST = 1 << 24  # characters that a template may write
 
 
 class Refusal(Exception):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from minalm.errors import InputError
 from minalm.tokenization.chat_template import FAMILIES, family
+from minalm.tokenization.files import read_bytes, shortened
 
 NAMES = tuple(f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 REQUIRED = (
@@ -15,6 +16,9 @@ REQUIRED = (
     "eos_token",
     "pad_token",
 )  # those of NAMES that are used here: one that is no token is an error
+MOST_IDS = 1 << 22  # a table has one row for each id; known models have up to 262,208
+MOST_ADDED = 1 << 17  # tokens beside those of the model within a tokenizer; models of speech have up to 65,544
+MOST_STOPS = 256  # tokens that end what is generated
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -57,7 +61,13 @@ def declared(file: Path, spec: dict[str, Any]) -> Declared:
             tokens.make_special(_content(item, file.with_name("tokenizer_config.json")))
     if "bos_token" not in config and "bos_token" not in map_file and len(put_first := prefixes(spec)) == 1:
         names |= {"bos_token": put_first[0]} if tokens.make_special(put_first[0]) else {}
-    stops = [tokens.special_of_id(i, "eos_token_id") for i in _ids(generation.get("eos_token_id"))]
+    stop_ids = _ids(generation.get("eos_token_id"))
+    if len(stop_ids) > MOST_STOPS:
+        raise InputError(
+            f"{file.parent} names {len(stop_ids):,} ids as eos_token_id, more than the {MOST_STOPS} that are looked for: "
+            "correct generation_config.json or config.json"
+        )
+    stops = [tokens.special_of_id(i, "eos_token_id") for i in stop_ids]
     pads = [tokens.special_of_id(i, "pad_token_id") for i in _ids(generation.get("pad_token_id"))[:1]]
     for name, found in (("eos_token", stops), ("pad_token", pads)):
         if found and found[0] and name not in config and name not in map_file:
@@ -83,6 +93,23 @@ def steps(spec: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     return found
 
 
+def check_count(count: int, file: Path) -> None:
+    """Raises InputError if a file adds too many tokens."""
+    if count > MOST_ADDED:
+        raise InputError(
+            f"{file} adds {count:,} tokens, where no model has more than {MOST_ADDED:,}: take it from the original model"
+        )
+
+
+def check_id(i: object, word: str, file: Path) -> None:
+    """Raises InputError for an id that is none, or larger than any model's."""
+    if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < MOST_IDS:
+        raise InputError(
+            f"{file} gives {shortened(word)} the id {shortened(i)}, which is not from 0 to {MOST_IDS - 1:,}: "
+            "take it from the original model"
+        )
+
+
 class _Tokens:
     """The tokens of a tokenizer.json, some of which are made special."""
 
@@ -91,7 +118,9 @@ class _Tokens:
         self.added = {token["content"]: token for token in spec.get("added_tokens") or []}
         vocab = spec["model"]["vocab"]  # a Unigram model lists pieces with their scores
         self.vocab = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-        for i, token in _decoder(config, file.with_name("tokenizer_config.json")):
+        source = file.with_name("tokenizer_config.json")
+        for i, token in _decoder(config, source):
+            check_id(i, token["content"], source)
             if token["content"] not in self.added and token["content"] not in self.vocab:
                 self._add(token["content"], i, token)
             if token.get("special"):
@@ -130,7 +159,9 @@ class _Tokens:
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is no file. Raises InputError for anything else."""
     try:
-        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        values = json.loads(read_bytes(file)) if file.exists() else {}
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}): take it from the original model") from error
     if not isinstance(values, dict):
@@ -143,7 +174,7 @@ def _content(token: object, file: Path) -> str | None:
     word = token.get("content") if isinstance(token, dict) else token
     if not isinstance(word, str | None):
         raise InputError(
-            f"{file} gives {token!r} as a special token, which is no string: take it from the original model"
+            f"{file} gives {shortened(token)} as a special token, which is no string: take it from the original model"
         )
     return word
 
@@ -151,7 +182,10 @@ def _content(token: object, file: Path) -> str | None:
 def _decoder(config: Mapping[str, Any], file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     found = config.get("added_tokens_decoder") or {}
     try:
+        check_count(len(found), file)
         yield from ((int(i), token) for i, token in found.items() if isinstance(token["content"], str))
+    except InputError:
+        raise
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise InputError(
             f"{file}: added_tokens_decoder holds no tokens by id: take it from the original model"

@@ -1,8 +1,9 @@
 """Hugging Face's tokenizer.json <-> a Vocabulary."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from tokenizers.normalizers import Normalizer
 
 from minalm.errors import InputError
 from minalm.tokenization.chat_template import SpecialTokens, read_chat_template, repeats
-from minalm.tokenization.special_tokens import declared, prefixes, read_object, steps
+from minalm.tokenization.files import read_bytes, shortened
+from minalm.tokenization.special_tokens import check_count, check_id, declared, prefixes, read_object, steps
 from minalm.tokenization.vocabulary import META, Vocabulary
 
 
@@ -29,7 +31,7 @@ def load_vocabulary(path: Path, of_model: bool = False) -> Vocabulary:
     spells neither bytes (byte-level BPE) nor has `<0xNN>` tokens to fall back on.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    found, tokenizer = _read(file)
+    found, tokenizer, notes = _read(file)
     spec, changed, names, stops = declared(file, found)
     moved: dict[str, int] = {}
     if changed or _moved(spec, tokenizer):
@@ -75,22 +77,87 @@ def load_vocabulary(path: Path, of_model: bool = False) -> Vocabulary:
         continuing=continuing,
         spaces_each=_spaces_each(spec),
         adds_bos=adds_bos and bos != [],
+        notes=tuple(notes),
     )
     if of_model:
         _check_moved(vocabulary, moved)
     return vocabulary
 
 
-def _read(file: Path) -> tuple[dict[str, Any], Tokenizer]:
-    """A tokenizer.json as it is and as a tokenizer. Raises InputError."""
-    if not file.is_file():
+def _read(file: Path) -> tuple[dict[str, Any], Tokenizer, list[str]]:
+    """A tokenizer.json as it is, as a tokenizer, and what a user should know of it. Raises InputError."""
+    if not file.exists():
         raise InputError(f"{file} does not exist: name a folder that holds a tokenizer.json, or the file itself")
+    notes = []
     try:
-        return json.loads(file.read_text("utf-8")), Tokenizer.from_file(str(file))
+        spec = json.loads(read_bytes(file))
+        _check(spec, file)
+        if spec["model"].get("dropout"):
+            notes.append(
+                f"{file} drops {spec['model']['dropout']:.0%} of its merges at random (BPE dropout): this is switched off, "
+                "so that a text always has the same tokens"
+            )
+            spec["model"]["dropout"] = None
+        return spec, Tokenizer.from_str(json.dumps(spec)), notes
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(
-            f"{file} cannot be read as a tokenizer.json ({error}): take it from the original model"
+            f"{file} cannot be read as a tokenizer.json ({str(error)[:100]}): take it from the original model"
         ) from error
+
+
+def _check(spec: Any, file: Path) -> None:
+    """Raises InputError for a tokenizer.json that is not put together like one, or whose sizes are no model's."""
+    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise InputError(f"{file} has no 'model': take it from the original model")
+    for key in parts:
+        for step in _steps(spec.get(key)):
+            if not isinstance(step, dict) or not isinstance(step.get("type"), str):
+                raise InputError(
+                    f"{file}: {key!r} is no object with a 'type' but {shortened(step)}: take it from the original model"
+                )
+    vocab, added = spec["model"].get("vocab"), spec.get("added_tokens") or []
+    if not isinstance(vocab, dict | list) or not isinstance(added, list):
+        raise InputError(f"{file} has no 'vocab', or no list of 'added_tokens': take it from the original model")
+    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
+        raise InputError(f"{file} has 'added_tokens' without a 'content': take it from the original model")
+    check_count(len(added), file)
+    for token in added:
+        check_id(token.get("id"), token["content"], file)
+    for word, i in vocab.items() if isinstance(vocab, dict) else ():
+        check_id(i, word, file)
+    growth = math.prod(map(_growth, _steps(spec.get("normalizer"))))
+    if growth > MOST_GROWTH:
+        raise InputError(
+            f"{file}: the normalizer can make a text more than {MOST_GROWTH} times as long: use another tokenizer"
+        )
+
+
+def _steps(part: Any) -> Iterator[Any]:
+    """The steps of a part of a tokenizer.json, whatever it is, also those within others."""
+    if part is not None:
+        yield part
+    if isinstance(part, dict):
+        for key in ("normalizers", "pretokenizers", "processors", "decoders"):
+            inner = part.get(key)
+            for each in inner if isinstance(inner, list) else () if inner is None else (inner,):
+                yield from _steps(each if each is not None else {})
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """How many times as long a step of a normalizer can make a text of one character or more."""
+    if step["type"] == "Prepend":
+        return 1.0 + len(str(step.get("prepend", "")))
+    if step["type"] != "Replace":
+        return 1.0  # Unicode's forms: at most 18 times, of rare characters
+    content, pattern = len(str(step.get("content", ""))), step.get("pattern")
+    fixed = pattern.get("String") if isinstance(pattern, dict) else None
+    return max(1.0, content / len(fixed)) if fixed else 1.0 + content  # an expression may match nothing, anywhere
+
+
+MOST_GROWTH = 64  # of a text, by what a normalizer puts in
 
 
 # A byte-level BPE writes each byte as one printable character: itself where it is printable, else one from U+0100 on

@@ -89,6 +89,7 @@ class Vocabulary:
     continuing: Tokenizer | None = None
     spaces_each: bool = False  # that space is put behind each special token too, not only at the start
     adds_bos: bool = False  # a program that gives the tokenizer a text finds bos before it
+    notes: tuple[str, ...] = ()  # what a user should know of how it is read, a sentence each
 
     @property
     def size(self) -> int:
