@@ -353,6 +353,12 @@ LARGEST = {
     "head_dim": 1 << 14,
     "vocab_size": MOST_IDS,
     "expand_input_ids_vocab_size": MOST_IDS,
+    # Bolmo's (bolmo.py)
+    "num_local_encoder_layers": 1 << 10,
+    "num_local_decoder_layers": 1 << 10,
+    "local_intermediate_size": 1 << 20,
+    "num_local_heads": 1 << 12,
+    "subword_vocab_size": MOST_IDS,
 }
 LARGEST_NUMBER = FULL_ATTENTION  # int32 holds it, and the sum of two
 SMALLEST_FLOAT, LARGEST_FLOAT = (float(value) for value in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -490,7 +496,7 @@ def _family_of(keys: Keys, sees: bool) -> Family:
 
 def longest_text(source: str, values: Mapping[str, Any]) -> int | None:
     """`max_position_embeddings`, of which nothing is computed. Raises InputError if it is no number of positions."""
-    return _Keys(source, values).whole("max_position_embeddings", optional=True)
+    return Keys(source, values).whole("max_position_embeddings", optional=True)
 
 
 def parse_config(source: str, values: object) -> tuple[Family, ModelConfig]:

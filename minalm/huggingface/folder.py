@@ -173,7 +173,7 @@ def _load_bolmo_vocabularies(folder: Path, config: BolmoConfig) -> tuple[Vocabul
 
 def _read_sampling(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    values = weights.read_json(file) if file.is_file() else {}
+    values = weights.read_json(file) if file.exists() else {}
     if not isinstance(values, dict):
         raise InputError(f"{file} is not a JSON object: take it from the original model, or remove it")
     found = {key: values[key] for key in SAMPLING if values.get(key) is not None}

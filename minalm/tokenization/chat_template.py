@@ -74,7 +74,7 @@ def read_chat_template(folder: Path, names: Mapping[str, str], special: Collecti
     """
     file = folder / "chat_template.jinja"
     try:
-        if file.is_file():
+        if file.exists():
             sources = {"default": read_bytes(file).decode()}  # every line break as it is
             others = sorted(folder.glob("additional_chat_templates/*.jinja"))
             sources |= {other.stem: read_bytes(other).decode() for other in others}

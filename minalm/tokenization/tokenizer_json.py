@@ -111,7 +111,9 @@ def _check(spec: Any, file: Path) -> None:
     """Raises InputError for a tokenizer.json that is not put together like one, or whose sizes are no model's."""
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
-        raise InputError(f"{file} has no 'model': take it from the original model")
+        raise InputError(
+            f"{file} cannot be read as a tokenizer.json (it has no 'model'): take it from the original model"
+        )
     for key in parts:
         for step in _steps(spec.get(key)):
             if not isinstance(step, dict) or not isinstance(step.get("type"), str):
