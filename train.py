@@ -60,6 +60,7 @@ from minalm.run.optimizer import OptimizerConfig, learning_rate, make_optimizer,
 from minalm.run.recorder import EvaluationConfig, Recorder
 from minalm.run.settings import plain
 from minalm.run.setup import DataConfig, Models, StudentConfig
+from minalm.run.trackers import Trackers, TrackingConfig
 from minalm.types import Batch
 
 Flat = tyro.conf.arg(name="")  # the flags of a group without its name
@@ -77,6 +78,7 @@ class Config:
     data: Annotated[DataConfig, Flat] = DataConfig()
     evaluation: Annotated[EvaluationConfig, Flat] = EvaluationConfig()
     compute: Annotated[ComputeConfig, Flat] = ComputeConfig()
+    tracking: Annotated[TrackingConfig, Flat] = TrackingConfig()
     losses: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     config: Path | None = None
@@ -95,6 +97,7 @@ class Config:
         self.compute.check(self.data.batch_size)
         self.evaluation.check()
         self.run.check()
+        self.tracking.check()
         check_at_least(self, {"seed": 0})
         self.student.check(self.losses)
 
@@ -249,9 +252,9 @@ def main(command: Command) -> None:
             run.check_seen(jax.process_index())
             if config.run.resume and checkpoint.latest(run.checkpoints) is not None:
                 state = from_items(state, checkpoint.restore(run.checkpoints, items(state)))
-            peak = estimate.peak(mesh.devices.flat[0].device_kind, mesh.size, config.compute.dtype)
-            work = console.Work(estimate.run_flops(config.data, models, config.losses), peak)
-            recorder = Recorder(run, config.evaluation, texts, config.optimizer.steps, int(state.step), work)
+            work = estimate.work(config.data, models, config.losses, mesh, config.compute.dtype)
+            trackers = Trackers(config.tracking, run, settings, int(state.step))
+            recorder = Recorder(run, config.evaluation, texts, config.optimizer.steps, int(state.step), work, trackers)
         train(config, recorder, optimizer, state, frozen)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from minalm.run import console as shown_by
 from minalm.run import estimate
-from minalm.run.console import Progress, Work, console, duration, show_results, show_samples, token_text
+from minalm.run.console import Progress, console, duration, show_results, show_samples, token_text
 
 METRICS = {
     **{
@@ -56,7 +56,7 @@ def clock(monkeypatch):
 
 def test_without_a_terminal_there_is_a_line_every_so_often(clock):
     """At the start, every half a minute, and at the end; time between steps that belongs to none is left out."""
-    progress = Progress(0, 1000, Work(flops=3e12, peak=1e13))
+    progress = Progress(0, 1000, estimate.Work(flops=3e12, peak=1e13))
 
     def steps(first, last):
         with progress:
@@ -80,7 +80,7 @@ def test_without_a_terminal_there_is_a_line_every_so_often(clock):
 @pytest.mark.parametrize("width", (80, 40))
 def test_the_bar_fits(clock, width):
     """A bar, steps, speed and time left on one line, four losses below; nothing is cut."""
-    progress = Progress(0, 20_000, Work(flops=3e12, peak=1e13))
+    progress = Progress(0, 20_000, estimate.Work(flops=3e12, peak=1e13))
     assert "compiling" in printed(lambda: console.print(progress), width)
     for step in range(1234, 1250):
         clock[0] += 1.0

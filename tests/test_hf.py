@@ -1528,8 +1528,10 @@ def test_a_wrong_shape(folder):
 
 
 def test_a_config_of_another_size_is_refused_before_anything_is_allocated(folder):
-    edit(folder, vocab_size=10**12)
+    edit(folder, vocab_size=10**6)
     refused(folder, "model.embed_tokens.weight has the shape")
+    edit(folder, vocab_size=10**12)
+    refused(folder, "'vocab_size' is 1000000000000, which is more than 4,194,304")
 
 
 def test_a_quantised_tensor(folder):
@@ -1636,7 +1638,7 @@ def test_dtypes_that_are_not_read(folder, dtype):
 def test_a_file_that_is_a_folder(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
-    refused(folder, "model.safetensors is damaged")
+    refused(folder, "model.safetensors is a folder, a pipe or a device, and no file")
 
 
 def test_a_truncated_shard(folder):

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minalm.run.command_line import Command, changed
-from minalm.run.estimate import Estimate
+from minalm.run.estimate import Estimate, Work
 from minalm.run.settings import flat, plain
 from minalm.run.setup import Models, Texts
 from minalm.text.documents import Markup, Piece
@@ -123,13 +123,6 @@ def show_alignment(batch: Batch, student: Vocabulary, teacher: Vocabulary, most:
     console.print(
         Text("Equal colours are a chunk: the same bytes on both sides. A dot ends a token of several bytes.", "dim")
     )
-
-
-class Work(NamedTuple):
-    """What a step has to do, as far as it is known."""
-
-    flops: float  # that the models need in a step, with nothing computed twice
-    peak: float | None  # FLOP/s of all chips together
 
 
 class Progress:

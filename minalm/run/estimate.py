@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
@@ -149,6 +149,19 @@ def model_flops(
     forward pass: a product each for the inputs and for the weights), and the teacher forward."""
     total = 3.0 * forward_flops(student, batch, student_time)
     return total if teacher is None else total + forward_flops(teacher, batch, teacher_time)
+
+
+class Work(NamedTuple):
+    """What a step has to do, as far as it is known."""
+
+    flops: float  # that the models need, with nothing computed twice
+    peak: float | None  # FLOP/s of all chips together
+
+
+def work(data: DataConfig, models: Models, losses: LossConfig, mesh: Mesh, dtype: jnp.dtype) -> Work:
+    """What a run's step has to do."""
+    kind = mesh.devices.flat[0].device_kind
+    return Work(run_flops(data, models, losses), peak(kind, mesh.size, dtype))
 
 
 def peak(kind: str, chips: int, dtype: jnp.dtype) -> float | None:

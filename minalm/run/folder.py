@@ -36,7 +36,17 @@ FORMAT = "minalm run 1"
 MAY_CHANGE = (  # settings that may differ when a run is resumed; of texts, what they hold is compared, not their names
     *("data", "held_out", "data_cache"),
     *("config", "out", "resume", "overwrite", "accept_changes", "compilation_cache", "log_interval", "save_interval"),
-    *("evaluation_interval", "samples", "mesh", "steps", "remat", "accumulation", "compute_dtype"),
+    *(
+        "tensorboard",
+        "wandb",
+        "evaluation_interval",
+        "samples",
+        "mesh",
+        "steps",
+        "remat",
+        "accumulation",
+        "compute_dtype",
+    ),
 )
 REPORTED = ("steps", "remat", "accumulation", "compute_dtype", "mesh.fsdp", "mesh.tp")  # what changes the numbers
 

@@ -16,8 +16,10 @@ from minalm.evaluation.bits_per_byte import measure
 from minalm.evaluation.samples import continue_texts
 from minalm.models.mapped import bare
 from minalm.run import console
+from minalm.run.estimate import Work
 from minalm.run.folder import RunFolder
 from minalm.run.setup import Texts
+from minalm.run.trackers import Trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,17 @@ class Recorder:
     """
 
     def __init__(
-        self, run: RunFolder, config: EvaluationConfig, texts: Texts, steps: int, first: int, work: console.Work
+        self,
+        run: RunFolder,
+        config: EvaluationConfig,
+        texts: Texts,
+        steps: int,
+        first: int,
+        work: Work,
+        trackers: Trackers,
     ):
         self.run, self.config, self.texts, self.steps = run, config, texts, steps
+        self.trackers = trackers
         self.metrics, self.evaluations, self.samples = (
             run.log(name, first) for name in ("metrics", "evaluations", "samples")
         )
@@ -96,7 +106,9 @@ class Recorder:
         self.dropped, self.bytes = self.dropped + int(values.pop("left_out")), self.bytes + int(values.pop("bytes"))
         if rate is not None:
             sums = {"dropped": self.dropped, "bytes": self.bytes}
-            self.metrics.write({"step": step, "seconds": self.seconds(), **values, "learning_rate": rate, **sums})
+            row = {"step": step, "seconds": self.seconds(), **values, "learning_rate": rate, **sums}
+            self.metrics.write(row)
+            self.trackers.write(step, {name: value for name, value in row.items() if name != "step"})
 
     def evaluate(self, step: int, trained: PyTree, frozen: Any, dtype: jnp.dtype) -> None:
         """Measures held-out text and, at both ends, shows samples, unless the run has these rows already. Raises
@@ -119,6 +131,8 @@ class Recorder:
             others = {name: found.pop(name, None) for name in ("agreement", "greedy", "calibration")}
             seconds = self.seconds() if step else 0.0
             self.evaluations.write({"step": step, "seconds": seconds, "bits_per_byte": found, **others})
+            bits = {f"held_out/{side}_bits_per_byte": value for side, value in found.items()}
+            self.trackers.write(step, bits | {f"held_out/{name}": value for name, value in others.items()})
         if self.config.samples and step in (0, self.steps) and self.samples.at(step) is None:
             shown = continue_texts(
                 bare(student), masks[0], texts.student, texts.held_out, self.config.samples, mesh, dtype, texts.seed
@@ -146,6 +160,7 @@ class Recorder:
             bits["teacher"] = row["bits_per_byte"].get("teacher")
         if self.texts.held_out is not None:
             console.show_results(bits, others)
+        self.trackers.close()
         if self.dropped:
             console.say(f"{self.dropped} texts were left out: the two tokenizers do not spell them alike.")
         summary = {

@@ -7,6 +7,7 @@ ending. A request and its answer are JSON: each render is the text that the temp
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -109,6 +110,9 @@ def main(read: int, write: int) -> None:
             request = json.loads(requests.recv_bytes())
         except EOFError:
             return
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = math.ceil(used.ru_utime + used.ru_stime + request["seconds"])
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))  # SIGXCPU then ends this process
         found = [render(date=request["date"], **each) for each in request["renders"]]
         answers.send_bytes(json.dumps(found).encode())
 
