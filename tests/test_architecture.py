@@ -135,7 +135,11 @@ def test_only_what_is_declared_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in project["dependencies"]}
     declared = {{"pyyaml": "yaml", "orbax_checkpoint": "orbax"}.get(name, name) for name in declared}
-    extras = [line for extra in ("eval", "data", "hub", "tensorboard", "wandb") for line in project["optional-dependencies"][extra]]
+    extras = [
+        line
+        for extra in ("eval", "data", "hub", "tensorboard", "wandb")
+        for line in project["optional-dependencies"][extra]
+    ]
     extras = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in extras}
     package = [path for module, path in MODULES.items() if module not in COPIED]
     for path in (*package, ROOT / "train.py", ROOT / "convert.py"):

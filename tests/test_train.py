@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import configs
 import equinox as eqx
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_tokenizers as small
+import tyro
 import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -29,6 +31,7 @@ import convert
 import train
 from minalm.batches import Side, make_batch
 from minalm.distill.losses import LossConfig
+from minalm.errors import InputError
 from minalm.evaluation.bits_per_byte import measure
 from minalm.huggingface import weights
 from minalm.huggingface.folder import load_vocabularies
@@ -36,11 +39,13 @@ from minalm.huggingface.loaded import LoadedModel
 from minalm.models.config import ModelConfig
 from minalm.models.transformer import Transformer, initialize
 from minalm.parallel.mesh import make_mesh, shard
+from minalm.report import __main__ as report
+from minalm.report import runs
 from minalm.run import checkpoint
 from minalm.run.folder import JsonLines, RunFolder, open_run, start_run
 from minalm.run.settings import flat, plain
 from minalm.run.setup import OF_A_NEW_STUDENT, StudentConfig, fingerprints, load_models, load_texts
-from minalm.text.corpus import read_corpus
+from minalm.text.corpus import read_corpus, text_corpus
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.train_bpe import train_bpe
 
@@ -1355,3 +1360,82 @@ def test_help_of_the_program():
         check=False,
     )
     assert failed.returncode == 1 and failed.stderr == "error: --steps is 0: it must be a number of at least 1\n"
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    """The data in a page, whose script reads the element of that name."""
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL
+    )
+    return json.loads(text)
+
+
+def test_the_report_of_runs(finished, stopped, files, tmp_path):
+    """One page without a network holds the logs of both; what the models make of a text is what transformers computes."""
+    page = tmp_path / "pages" / "report.html"
+    text = "the cat reads bytes </script><b>日本\x1b"
+    report.main(report.Config((finished, stopped), out=page, text=(text,)))
+    html = page.read_text("utf-8")
+    assert (
+        not re.search(r"https?://(?!www\.w3\.org/2000/svg)", html) and "\x1b" not in html and "</script><b>" not in html
+    )
+    first, second = page_data(page)["runs"]
+    assert (
+        (first["name"], second["name"]) == tuple(runs.short_names([finished, stopped])) != (str(finished), str(stopped))
+    )
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert first["metrics"]["step"] == [1, 2, 3, 4] and second["metrics"]["step"] == [1, 2, 3]
+    np.testing.assert_allclose(first["metrics"]["loss/alm"], [row["loss/alm"] for row in metrics], rtol=1e-5)
+    assert first["metrics"]["bytes"] == [row["bytes"] for row in metrics]
+    assert first["summary"]["steps"] == 4 and second["summary"] is None
+    assert first["samples"][0]["samples"] and first["settings"]["losses.latents"] == 1.0
+    assert second["texts"] is None and "has exported no model yet" in second["notes"][0]
+
+    (judged,) = first["texts"]
+    assert judged["text"] == text and judged["ends"] == "merged"
+    spelled = {
+        side: "".join(token["text"] for token in tokens if not token["special"])
+        for side, tokens in judged["tokens"].items()
+    }
+    assert spelled["teacher"].encode().replace(b"\\x", b"") == spelled["student"].encode().replace(b"\\x", b"")
+    for side, tokens in judged["tokens"].items():
+        sums = [sum(token["logp"] for token in tokens if token["chunk"] == n) for n in range(len(judged["chunks"]))]
+        np.testing.assert_allclose([chunk[side][0] for chunk in judged["chunks"]], sums, atol=2e-3)
+    group = 0
+    for chunk in judged["chunks"]:  # a group ends where the teacher's boundary mass passes gamma
+        assert chunk["group"] == group
+        group += chunk["teacher"][1] > judged["gamma"]
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    vocabulary = load_vocabulary(files.untied)
+    (encoding,) = vocabulary.encode([text_corpus([text], 1000).piece(0)])
+    model = transformers.AutoModelForCausalLM.from_pretrained(files.untied)
+    with torch.no_grad():
+        logits = model(torch.tensor(encoding.ids[None].astype(np.int64))).logits[0].log_softmax(-1).numpy()
+    expected = logits[np.arange(len(encoding.ids) - 1), encoding.ids[1:]]
+    np.testing.assert_allclose([token["logp"] for token in judged["tokens"]["teacher"]], expected, atol=2e-3)
+
+
+def test_what_a_report_refuses(finished, tmp_path):
+    def refused_report(*words: str) -> str:
+        with pytest.raises(InputError) as error:
+            report.main(tyro.cli(report.Config, args=words))
+        return str(error.value)
+
+    assert "nothing to report" in refused_report()
+    assert "is no run of train.py" in refused_report(str(tmp_path))
+    assert "named twice" in refused_report(str(finished), f"{finished}/")
+    assert "is a folder" in refused_report(str(finished), "--out", str(tmp_path))
+    assert "--text is empty" in refused_report(str(finished), "--text", " ")
+
+
+def test_a_long_run_is_thinned_to_means():
+    rows = [
+        {"step": n, "seconds": n / 2, "bytes": 10 * n, "dropped": 0, "loss/sft": float(n % 2)} for n in range(1, 2401)
+    ]
+    found, size = runs.thinned(rows)
+    assert size == 3 and len(found) == 800 and found[-1]["step"] == 2400 and found[0]["bytes"] == 30
+    assert found[0]["loss/sft"] == pytest.approx(2 / 3) and runs.thinned(rows[:5]) == (rows[:5], 1)

@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from minalm.errors import InputError
 from minalm.parallel.distributed import exit_on_input_error
 from minalm.report.page import write_page
-from minalm.report.runs import RunData, read_run
+from minalm.report.runs import RunData, read_run, short_names
 from minalm.report.texts import EXAMPLE, MOST_BYTES, judged_texts
 
 
@@ -39,7 +39,7 @@ class Config:
             raise InputError("there is nothing to report: name the folders of runs")
         if self.out.is_dir():
             raise InputError(f"{self.out} is a folder: name a file with --out")
-        if len(set(self.runs)) < len(self.runs):
+        if len({path.resolve() for path in self.runs}) < len(self.runs):
             raise InputError("a run is named twice: name it once")
         for text in self.text:
             if not text.strip() or len(text.encode(errors="replace")) > MOST_BYTES:
@@ -49,7 +49,8 @@ class Config:
 def main(config: Config) -> None:
     """Reads the runs and writes the page."""
     config.check()
-    runs = [read_run(path) for path in config.runs]
+    names = short_names(config.runs)
+    runs = [read_run(path, name) for path, name in zip(config.runs, names, strict=True)]
     judged = {}
     for run in runs if config.models else ():
         try:

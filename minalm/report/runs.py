@@ -1,7 +1,9 @@
 """What a run's folder says of how it went."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ MOST_POINTS = 800  # of a curve; those of a longer run are means over equal numb
 class RunData:
     """The settings and logs of a run."""
 
-    name: str  # the shortest end of its path that no other run of a page has
+    name: str  # what the page calls it
     folder: RunFolder
     settings: dict[str, Any]  # by the names of their flags
     metrics: list[dict[str, float]]  # at most MOST_POINTS rows
@@ -26,7 +28,14 @@ class RunData:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path) -> RunData:
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The paths without the folders at their beginning that all share."""
+    parts = [path.resolve().parts for path in paths]
+    shared = min(len(commonprefix(parts)), *(len(one) - 1 for one in parts))
+    return ["/".join(one[shared:]) for one in parts]
+
+
+def read_run(path: Path, name: str) -> RunData:
     """The logs of a run, which may be going on. Raises InputError for a folder that is no run, or damaged."""
     if not is_run(path):
         raise InputError(f"{path} is no run of train.py: name the folder that --out named")
@@ -38,7 +47,7 @@ def read_run(path: Path) -> RunData:
     except ValueError as error:
         raise InputError(f"{file} is not as train.py wrote it: remove it") from error
     metrics, averaged = thinned(logs["metrics"])
-    return RunData(str(path), folder, folder.settings, metrics, averaged, logs["evaluations"], logs["samples"], summary)
+    return RunData(name, folder, folder.settings, metrics, averaged, logs["evaluations"], logs["samples"], summary)
 
 
 def thinned(rows: list[dict[str, float]]) -> tuple[list[dict[str, float]], int]:
