@@ -34,12 +34,14 @@ from jaxtyping import Int
 from tyro.conf import Positional, arg
 
 from minalm.errors import InputError, check_at_least
-from minalm.generation.engine import Generator, Prompt
+from minalm.generation.engine import Prompt
+from minalm.generation.kinds import generator_of
 from minalm.generation.sampling import SamplingConfig
 from minalm.generation.speculation import Draft, LookupDraft, ModelDraft, Pace, speculate
 from minalm.generation.text import TextStream, stop_bytes
 from minalm.huggingface.folder import GenerationConfig, read_generation_config
 from minalm.huggingface.loaded import LoadedModel, model_folder
+from minalm.models.bolmo import Bolmo
 from minalm.parallel.distributed import exit_on_input_error
 from minalm.parallel.mesh import MeshConfig, make_mesh
 from minalm.text.documents import Segment, Special
@@ -132,17 +134,23 @@ class Writer:
         loaded = [LoadedModel.read(folder) for folder in folders]
         self.vocabularies: list[Vocabulary] = [model.vocabulary for model in loaded]
         settings = [read_generation_config(folder) for folder in folders]
-        self.positions = min((each.max_length for each in settings if each.max_length is not None), default=None)
+        bolmo = any(isinstance(model.model, Bolmo) for model in loaded)
+        if bolmo and (config.draft is not None or config.lookup):
+            raise InputError(
+                "a Bolmo does not speculate, since its memories cannot go back: leave out --draft and --lookup"
+            )
+        lengths = [] if bolmo else [each.max_length for each in settings]  # a Bolmo's counts patches, not bytes
+        self.positions = min(filter(None, lengths), default=None)
         self.sampling = sampling_of(config.sampling, settings[0], self.vocabularies[0], folders[0])
         self.sampling.check()
         mesh = make_mesh(config.mesh.fsdp or 1, config.mesh.tp)
         platform = mesh.devices.flat[0].platform
         self.dtype = jnp.dtype(config.dtype or ("float32" if platform == "cpu" else "bfloat16"))
-        self.generator = Generator.of(loaded, mesh, self.dtype, config.weights, config.mean)
+        self.generator = generator_of(loaded, mesh, self.dtype, config.weights, config.mean)
         self.draft: Draft | None = LookupDraft() if config.lookup else None
         self.pace = Pace()
         if config.draft is not None:
-            subwords = Generator.of([LoadedModel.read(config.draft)], mesh, self.dtype)
+            subwords = generator_of([LoadedModel.read(config.draft)], mesh, self.dtype)
             self.draft = ModelDraft(subwords, self.vocabularies[0])
         self.readers = [
             ChatReader(vocabulary, vocabulary, False, datetime.date.today().isoformat())

@@ -25,13 +25,15 @@ from tyro.conf import Positional, arg
 
 from minalm.errors import InputError, check_at_least
 from minalm.evaluation import harness, report
+from minalm.evaluation.bolmo_scoring import SAID, BolmoScorer, Likelihood
 from minalm.evaluation.harness import Generate, TaskModel
 from minalm.evaluation.report import ModelResults
 from minalm.evaluation.scoring import Scorer
 from minalm.evaluation.texts import bits_per_byte, read_documents
-from minalm.generation.engine import Generator
+from minalm.generation.kinds import generator_of
 from minalm.huggingface.folder import read_generation_config
 from minalm.huggingface.loaded import LoadedModel, model_folder
+from minalm.models.bolmo import Bolmo
 from minalm.models.ensemble import Mean, normalized_weights
 from minalm.parallel.distributed import exit_on_input_error
 from minalm.parallel.mesh import MeshConfig, run_mesh
@@ -64,6 +66,8 @@ class Config:
     """Rows that are read at once; it changes results by rounding alone."""
     window: int = 2048
     """Bytes of --text that are seen at once: each half of them is predicted after the half before."""
+    likelihood: Likelihood = "causal"
+    """Of a Bolmo: reads the bytes one by one (causal), or all at once, which is faster but no likelihood (two-sided)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the models; log-probabilities are float32 in any case."""
     out: Path | None = None
@@ -113,7 +117,13 @@ def measure(
     lengths = [read_generation_config(folder).max_length for _, folder in members]
     longest = min(filter(None, lengths), default=None)
     dtype, mean, weights = jnp.dtype(config.compute_dtype), config.mean, config.weights
-    scorer = Scorer(models, mesh, dtype, weights, mean, config.batch_size, longest)
+    bolmo = any(isinstance(loaded.model, Bolmo) for loaded in models)
+    if bolmo and len(models) > 1:
+        raise InputError("a Bolmo is measured alone: the patches are its own, so no ensemble can have it as a member")
+    if bolmo:
+        scorer = BolmoScorer(models[0], mesh, dtype, config.batch_size, config.likelihood)
+    else:
+        scorer = Scorer(models, mesh, dtype, weights, mean, config.batch_size, longest)
     name = names[0]
     if config.ensemble:
         shares = normalized_weights(weights, len(models))
@@ -131,6 +141,8 @@ def measure(
     notes = (f"{scorer.cut:,} contexts were longer than {longest:,} tokens and lost their beginning",) * bool(
         scorer.cut
     )
+    if bolmo and config.likelihood == "two-sided":
+        notes = (*notes, SAID)
     return ModelResults(name, found, everything, text, notes)
 
 
@@ -138,7 +150,7 @@ def continuations(
     models: Sequence[LoadedModel], mesh: Mesh, dtype: jnp.dtype, weights: Sequence[float] | None, mean: Mean
 ) -> Generate:
     """What writes for tasks that generate. The models are laid out for that when the first task does."""
-    generator = functools.cache(lambda: Generator.of(models, mesh, dtype, weights, mean))
+    generator = functools.cache(lambda: generator_of(models, mesh, dtype, weights, mean))
     stops = models[0].vocabulary.stop_ids
 
     def generate(prompts, generation):

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from minalm.errors import InputError
+from minalm.evaluation.bolmo_scoring import BolmoScorer
 from minalm.evaluation.scoring import Request, Scorer, first_id
 from minalm.generation.sampling import SamplingConfig
 from minalm.huggingface.folder import NEW_BYTES, NEW_TOKENS
@@ -47,7 +48,7 @@ Generate = Callable[[Sequence[tuple[Ids, ...]], Generation], list[list[int]]]
 class TaskModel:
     """What the harness asks of one model, or of an ensemble."""
 
-    scorer: Scorer
+    scorer: Scorer | BolmoScorer
     generate: Generate | None = None  # None: only for tasks that do not generate
     date: str = "2026-01-01"  # what chat templates take for today
     progress: Callable[[int], None] | None = None

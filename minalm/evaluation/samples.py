@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from minalm.batches import Side
-from minalm.generation.engine import Generator
+from minalm.generation.kinds import generator_of
 from minalm.generation.sampling import SamplingConfig
 from minalm.huggingface.loaded import LoadedModel
 from minalm.models.head import VocabularyMask
@@ -29,7 +29,7 @@ def continue_texts(
     prompts = [beginning(piece) for piece in held_out.batch(1, 0, count)]
     vocabulary = side.vocabulary
     encodings = vocabulary.encode(prompts)
-    generator = Generator.of([LoadedModel(model, vocabulary, side.suffixes, mask)], mesh, dtype)
+    generator = generator_of([LoadedModel(model, vocabulary, side.suffixes, mask)], mesh, dtype)
     continued = generator.generate(
         [encoding.ids for encoding in encodings],
         SamplingConfig(TEMPERATURE),

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from minalm.errors import InputError
+from minalm.evaluation.bolmo_scoring import BolmoScorer
 from minalm.evaluation.scoring import Request, Scorer, first_id
 from minalm.text.corpus import read_corpus
 from minalm.text.documents import Segment
@@ -39,7 +40,7 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
 
 
 def bits_per_byte(
-    scorer: Scorer, documents: Sequence[str], window: int, progress: Callable[[int], None] | None = None
+    scorer: Scorer | BolmoScorer, documents: Sequence[str], window: int, progress: Callable[[int], None] | None = None
 ) -> BitsPerByte:
     """What the model of a scorer takes to write the documents, their ends not counted; `window` is in bytes.
 

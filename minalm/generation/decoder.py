@@ -85,7 +85,7 @@ def _laid_out(model: Transformer, mask: VocabularyMask, dtype: jnp.dtype) -> Dec
     return Decoder(
         embed=model.embed,
         expansion=model.expansion,
-        blocks=tuple(_block(block, model.config) for block in (*blocks, model.last)),
+        blocks=tuple(decoder_block(block, model.config) for block in (*blocks, model.last)),
         norm=norm,
         unembed=model.unembed,
         exists=mask.exists,
@@ -93,7 +93,8 @@ def _laid_out(model: Transformer, mask: VocabularyMask, dtype: jnp.dtype) -> Dec
     )
 
 
-def _block(block: Block, config: ModelConfig) -> DecoderBlock:
+def decoder_block(block: Block, config: ModelConfig) -> DecoderBlock:
+    """One block laid out, of parameters that are whole along `fsdp`. Runs inside `shard_map`."""
     attention, mlp = block.attention, block.mlp
 
     def own(weight, heads):
@@ -154,13 +155,13 @@ def read(
     nothing. `long`: LongRoPE's frequencies are those of long texts. Runs inside `shard_map`.
     """
     config, dtype = decoder.config, decoder.dtype
-    x = _rows(decoder.embed, inputs)
+    x = table_rows(decoder.embed, inputs)
     if decoder.expansion is not None:
-        x = x + _rows(decoder.expansion, suffix)
+        x = x + table_rows(decoder.expansion, suffix)
     x = x * jnp.asarray(config.embedding_scale, dtype)
     columns = column + jnp.arange(inputs.shape[1])
     positions = columns - offset[:, None]
-    rotations = {rope: _rotation(rope, config, positions, long, dtype) for rope in config.ropes}
+    rotations = {rope: rotation_at(rope, config, positions, long, dtype) for rope in config.ropes}
     masks: dict[tuple[int | None, int], Array] = {}
     written = []
     for layer, (block, cache) in enumerate(zip(decoder.blocks, caches, strict=True)):
@@ -168,7 +169,7 @@ def read(
         if (seen := (window, cache.v.shape[2])) not in masks:
             masks[seen] = _visible(*seen, columns, offset)
         slots, rotation = columns % cache.v.shape[2], rotations[config.rope_of(layer)]
-        x, cache = _read_block(block, config, x, rotation, cache, slots, window is not None, masks[seen])
+        x, cache = read_block(block, config, x, rotation, cache, slots, window is not None, masks[seen])
         written.append(cache)
     x = layers.rms_norm(x, decoder.norm, config.norm_eps, config.norm_plus_one)
     return layers.scaled(x, 1.0 / config.logits_divisor), tuple(written)
@@ -181,8 +182,8 @@ def logits(decoder: Decoder, hidden: Float[Array, "batch time embed"]) -> Float3
     return block_logits(flat, table, decoder.exists, decoder.config.final_softcap).reshape(*hidden.shape[:2], -1)
 
 
-def _rows(table, ids):
-    """Rows of a table whose entries `tp` divides."""
+def table_rows(table: Float[Array, "vocab embed"], ids: Int[Array, "batch time"]) -> Float[Array, "batch time embed"]:
+    """Rows of a table whose entries `tp` divides. Runs inside `shard_map`."""
     if tp_size() == 1:
         return table[ids]
     local = ids - tp_offset(table.shape[0])
@@ -190,7 +191,14 @@ def _rows(table, ids):
     return tp_sum(jnp.where(held[..., None], table[jnp.where(held, local, 0)], 0))
 
 
-def _rotation(rope: Rope | None, config, positions, long, dtype):
+def rotation_at(
+    rope: Rope | None,
+    config: ModelConfig,
+    positions: Int[Array, "batch time"],
+    long: Bool[Array, " batch"],
+    dtype: jnp.dtype,
+) -> layers.Rotation | None:
+    """The rotary embedding at each row's own positions; `long` as in `read`."""
     if rope is None:
         return None
     limit = rope.scaling.original_length if isinstance(rope.scaling, LongRopeScaling) else 0
@@ -213,7 +221,18 @@ def _visible(window, length, columns, offset):
     return near[None] & (held >= offset[:, None])[:, None]
 
 
-def _read_block(block, config, x, rotation, cache, slots, wraps, visible):
+def read_block(
+    block: DecoderBlock,
+    config: ModelConfig,
+    x: Float[Array, "batch time embed"],
+    rotation: layers.Rotation | None,
+    cache: Cache,
+    slots: Int[Array, "*batch time"],
+    wraps: bool,
+    visible: Bool[Array, "batch time slot_and_time"],
+) -> tuple[Float[Array, "batch time embed"], Cache]:
+    """One block on new positions, whose keys go to `slots` of its cache: the same for all rows, consecutive but where
+    the ring `wraps`; or each row's own, and none beyond the cache. Runs inside `shard_map`."""
     batch, time, _ = x.shape
 
     def norm(value, weight):
@@ -257,7 +276,11 @@ def _read_block(block, config, x, rotation, cache, slots, wraps, visible):
 
 
 def _written(cache, new, slots, wraps, axis):
-    """A cache with new keys or values in consecutive slots of an axis; in place where XLA may."""
+    """A cache with new keys or values in slots of an axis; in place where XLA may."""
+    if slots.ndim == 2:  # each row's own
+        rows, places = jnp.arange(len(slots))[:, None], (slice(None),) * 2
+        index = (rows, *places, slots) if axis == 3 else (rows, places[0], slots)
+        return cache.at[index].set(jnp.moveaxis(new, axis, 1), mode="drop")
     if new.shape[axis] == 1 or not wraps:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, slots[0], axis)
     return cache.at[(*[slice(None)] * axis, slots)].set(new)

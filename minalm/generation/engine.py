@@ -173,7 +173,7 @@ class Generator:
                 if taken and on_tokens is not None:
                     on_tokens(number, taken)
             if waits:
-                of_step = (time.perf_counter() - began) / max(tokens.shape[1], 1)
+                of_step = (time.perf_counter() - began) / max(*map(len, tokens), 1)
                 steps = int(np.clip(SECONDS / of_step, 1, min(2 * steps, MOST_STEPS)))
         return [row.ids for row in written]
 
@@ -240,12 +240,12 @@ class Session:
         """`rows`: of each row each member's ids. `expected`: tokens that will be written, at most."""
         self.generator, self.rows = generator, len(rows)
         mesh, piece = generator.mesh, generator.piece
-        self.batch = max(_power_of_two(len(rows)), 1)
+        self.batch = max(power_of_two(len(rows)), 1)
         self.batch += -self.batch % mesh.shape["fsdp"]
         longest = max(len(ids) for row in rows for ids in row)
         self.pieces = -(-(longest - 1) // piece)
         self.column = self.pieces * piece  # of the last token of each row
-        self.capacity = max(SMALLEST, _power_of_two(self.column + 1 + min(expected, MOST_STEPS)))
+        self.capacity = max(SMALLEST, power_of_two(self.column + 1 + min(expected, MOST_STEPS)))
         self.newest = self.column  # column that was written
         self.text, self.first = rows[0][0].tolist(), self.column  # of a single row: its ids, and the column of the last
         self.limits = []  # of each row, the first column that it may not read before it is read anew
@@ -526,6 +526,6 @@ def filled_up(stops: Sequence[int]) -> Int[np.ndarray, " stops"]:
     return np.array([*stops, *[-1] * (-len(stops) % STOPS or (0 if stops else STOPS))], np.int32)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The smallest that is not below a number."""
     return 1 << (max(number, 1) - 1).bit_length()

@@ -403,8 +403,11 @@ class BolmoModel(BolmoPreTrainedModel):
         if config.trunk_model_type == "gemma2" and type(trunk.embed_tokens) is nn.Embedding:
             self.divisor = config.hidden_size**0.5
         del trunk.embed_tokens
-        # Its layers are ours by their names; beside that, the trunk is only the function that runs them.
-        self.layers, self.rotary_emb = trunk.layers, trunk.rotary_emb
+        # Its layers, and its rotary embedding, are ours by their names; beside that, the trunk is only the function that
+        # runs them.
+        for name, child in trunk.named_children():
+            if name != "norm":
+                setattr(self, name, child)
         object.__setattr__(self, "trunk", trunk)
         self.norm = BolmoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.subwords = None  # made when it is first needed

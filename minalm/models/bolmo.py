@@ -77,13 +77,20 @@ class BoundaryPredictor(eqx.Module):
         """log p with p = (1 - cos(q h[t], k h[t + 1])) / 2. The first position always ends a patch (bos is one), the
         last, whose neighbour is not there, never does. A patch ends where p > 1/2."""
         whole = gather(self, h.dtype)
-        ours = layers.project(h[:, :-1], whole.q).astype(jnp.float32)
-        next_one = layers.project(h[:, 1:], whole.k).astype(jnp.float32)
-        sums = (ours * next_one, jnp.square(ours), jnp.square(next_one))
-        product, *squares = tp_sum(jnp.stack([jnp.sum(each, axis=-1) for each in sums]))
-        cosine = product / jnp.prod(jnp.sqrt(jnp.maximum(jnp.stack(squares), 1e-24)), axis=0)
-        logp = jnp.log1p(-jnp.minimum(cosine, MOST_ALIKE)) + LOG_HALF
-        return jnp.pad(logp[:, 1:], ((0, 0), (1, 1)), constant_values=((0.0, 0.0), (0.0, NEVER)))
+        return boundary_logp(h, whole.q, whole.k)
+
+
+def boundary_logp(
+    h: Float[Array, "batch time embed"], q: Float[Array, "embed out"], k: Float[Array, "embed out"]
+) -> Float32[Array, "batch time"]:
+    """`BoundaryPredictor` with parameters that are whole along `fsdp`."""
+    ours = layers.project(h[:, :-1], q).astype(jnp.float32)
+    next_one = layers.project(h[:, 1:], k).astype(jnp.float32)
+    sums = (ours * next_one, jnp.square(ours), jnp.square(next_one))
+    product, *squares = tp_sum(jnp.stack([jnp.sum(each, axis=-1) for each in sums]))
+    cosine = product / jnp.prod(jnp.sqrt(jnp.maximum(jnp.stack(squares), 1e-24)), axis=0)
+    logp = jnp.log1p(-jnp.minimum(cosine, MOST_ALIKE)) + LOG_HALF
+    return jnp.pad(logp[:, 1:], ((0, 0), (1, 1)), constant_values=((0.0, 0.0), (0.0, NEVER)))
 
 
 class GlobalModel(eqx.Module):

@@ -25,9 +25,8 @@ class Model(Protocol):
     * Layout: each field declares the mesh axes of its array by `param(...)` (parallel/mesh.py). Nothing else is needed
       to shard a model, its gradient and the state of its optimizer.
     * Storage: a checkpoint stores the leaves by their path in the tree. A Hugging Face folder also needs the names of
-      the tensors there (huggingface/families.py).
-    * Decoding: generation/decoder.py lays a Transformer out and reads with a cache. Another kind brings its own
-      `lay_out`, `read`, `logits` and `Cache`.
+      the tensors there (huggingface/kinds.py).
+    * Decoding: what lays it out, and a `Generator` that writes with it (generation/kinds.py).
     """
 
     config: Any

@@ -1,0 +1,96 @@
+"""How probable texts are to a Bolmo, by stepping and all at once, against plain numpy; and the programs that ask for it."""
+
+import json
+
+import bolmo_numpy as plain
+import numpy as np
+import pytest
+from test_bolmo_folders import ours, write
+from test_modeling_bolmo import SEQUENCES, TRUNKS, text
+
+from minalm import generate
+from minalm.errors import InputError
+from minalm.evaluation.__main__ import cli
+from minalm.evaluation.bolmo_scoring import BolmoScorer
+from minalm.evaluation.scoring import Request
+from minalm.huggingface.loaded import LoadedModel
+from minalm.parallel.mesh import make_mesh
+
+FLOAT32 = np.dtype(np.float32)
+PAIRS = [
+    (text(0, 5), text(9, 13)[1:]),
+    (text(1, 1), text(8, 70)[1:]),
+    (text(2, 30), [200]),
+    (text(3, 9), text(7, 4)[1:]),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored") / "model"
+    config, tensors = write(folder, TRUNKS["olmo3"])
+    return folder, config, tensors
+
+
+def inside(ids):
+    return ours(ids).astype(np.int32)
+
+
+def requests():
+    return [Request((inside(context),), inside(continuation)) for context, continuation in PAIRS]
+
+
+def test_causal(files):
+    folder, config, tensors = files
+    scorer = BolmoScorer(LoadedModel.read(folder), make_mesh(2, 1), FLOAT32, batch_size=3)
+    assert scorer.batch_size == 4
+    heard = []
+    for (context, continuation), score in zip(PAIRS, scorer(requests(), heard.append)):
+        expected = plain.causal_logp(config, tensors, SEQUENCES, context, continuation)
+        np.testing.assert_allclose(score.logp, expected, rtol=1e-4, atol=2e-4)
+    assert sum(heard) == len(PAIRS)
+
+
+def test_two_sided(files):
+    folder, config, tensors = files
+    scorer = BolmoScorer(LoadedModel.read(folder), make_mesh(1, 1), FLOAT32, 2, "two-sided")
+    for (context, continuation), score in zip(PAIRS, scorer(requests())):
+        expected = plain.two_sided_logp(config, tensors, SEQUENCES, context + continuation)[-len(continuation) :]
+        np.testing.assert_allclose(score.logp, expected, rtol=1e-4, atol=2e-4)
+        assert len(score.greedy) == len(continuation)
+    with pytest.raises(InputError, match="nothing to score"):
+        scorer([Request((inside([1]),), inside([]))])
+
+
+def test_bits_per_byte_from_the_command_line(files, tmp_path, capsys):
+    """The same text with both; only the two-sided one says that it is none."""
+    folder, config, tensors = files
+    sentence = "abcb cabcab"
+    (tmp_path / "text.txt").write_text(sentence)
+    found = {}
+    for likelihood in ("causal", "two-sided"):
+        cli([str(folder), "--text", str(tmp_path / "text.txt"), "--likelihood", likelihood, "--mesh.fsdp", "1",
+             "--out", str(tmp_path / likelihood)])  # fmt: skip
+        said = capsys.readouterr().out
+        assert ("which was not paid for" in said) == (likelihood == "two-sided")
+        [model] = json.loads((tmp_path / likelihood / "evaluation.json").read_text())["models"]
+        found[likelihood] = model["bits_per_byte"]["value"]
+    ids = [4 + byte for byte in sentence.encode()]
+    causal = plain.causal_logp(config, tensors, SEQUENCES, [plain.BOS], ids)
+    two_sided = plain.two_sided_logp(config, tensors, SEQUENCES, [plain.BOS, *ids])
+    for likelihood, logp in (("causal", causal), ("two-sided", two_sided)):
+        assert found[likelihood] == pytest.approx(-logp.sum() / np.log(2) / len(ids), abs=1e-3)
+
+
+def test_generate_from_the_command_line(files, capsys):
+    folder, config, tensors = files
+    generate.cli([str(folder), "abc bab", "--max-bytes", "12"])
+    prompt = [plain.BOS, *(4 + byte for byte in b"abc bab")]
+    ids = [i % plain.PLAIN for i in plain.generate(config, tensors, SEQUENCES, prompt, 12, stops=(plain.BOS,))]
+    expected = bytes(i - 4 for i in ids if i >= 4).decode(errors="replace")
+    said = capsys.readouterr().out
+    assert said and expected.startswith(said)  # but for a character that --max-bytes has cut
+    with pytest.raises(SystemExit, match="a Bolmo does not speculate"):
+        generate.cli([str(folder), "abc", "--lookup"])
+    with pytest.raises(SystemExit, match="a Bolmo writes alone"):
+        generate.cli([str(folder), str(folder), "abc"])
