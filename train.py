@@ -311,6 +311,7 @@ def estimated(config: Config) -> estimate.Estimate:
     topology = estimate.parse_topology(config.compile_only)
     mesh = run_mesh(config.mesh, data.batch_size, config.compute.accumulation, estimate.topology_devices(topology))
     models = setup.model_shapes(config.student, data.student_length, config.seed)
+    setup.check_packing(data, models)
     models = setup.for_losses(models, config.losses, config.seed)
     state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype, shard_shapes)
     update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)

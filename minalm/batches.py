@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from minalm.packing import Sizes, pack, place
 from minalm.text.documents import Piece
 from minalm.tokenization.align import align, normalized, read_both
 from minalm.tokenization.pair_bias import UnbiasedEnds
@@ -40,14 +41,37 @@ def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> 
     log-probability, and so neither has a chunk that contains it on either side: the chunk keeps its place in
     `student_chunk_end` and `teacher_chunk_end`, but no target belongs to it.
     """
+    return _make(pieces, student, teacher)[0]
+
+
+def make_packed_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None, rows: int) -> Batch:
+    """As many of the pieces, from the first one on, as find room in so many rows (packing.py)."""
+    batch, sizes = _make(pieces, student, teacher)
+    other = teacher or student
+    layout = place(sizes, (student.length, other.length), rows)
+    return pack(batch, sizes, layout, (student.vocabulary.pad_id, other.vocabulary.pad_id))
+
+
+def sizes_of(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Sizes:
+    """What the pieces use of rows."""
+    return _make(pieces, student, teacher)[1]
+
+
+def _make(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> tuple[Batch, Sizes]:
     pieces, ours, theirs, usable = read_both(pieces, student.vocabulary, teacher and teacher.vocabulary)
-    return Batch(
+    batch = Batch(
         student=_tokens(ours, student),
         teacher=None if teacher is None else _tokens(theirs, teacher),
         chunks=_chunks(ours, theirs, student, teacher or student),
         bytes=_byte_places(pieces, ours, theirs, student, teacher),
         left_out=~usable,
     )
+    sizes = Sizes(
+        student=np.array([min(len(row.ids), student.length) for row in ours], np.int64),
+        teacher=np.array([min(len(row.ids), (teacher or student).length) for row in theirs], np.int64),
+        chunks=(batch.chunks.student_chunk_end >= 0).sum(axis=1),
+    )
+    return batch, sizes
 
 
 def why_left_out(piece: Piece, student: Side, teacher: Side | None) -> str:

@@ -29,6 +29,9 @@ class Tokens(eqx.Module):
     # Bolmo students: the position at which each token of the teacher ends, -1 where there is none. As many patches have
     # a place.
     patch_ends: Int[Array | ndarray, "batch patch"] | None = None
+    # The number of the text in the row that each position is of; its positions, and what it sees, begin anew. None: there
+    # is one text in each row.
+    segments: Int[Array | ndarray, "batch time"] | None = None
     guide: Guide | None = None  # stage 1: patches end where the teacher's tokens do, and its states stand for them
 
 
@@ -49,6 +52,7 @@ class AlignedChunks(eqx.Module):
     text_bytes: Int[Array | ndarray, "batch chunk"]  # UTF-8 bytes of text in the chunk; 0: a special part, or unused
     # A chunk of the `unbiased` chunking may end here: a special part, or no tokenization bias (tokenization/pair_bias.py).
     unbiased: Bool[Array | ndarray, "batch chunk"] | None = None  # None: not asked for
+    text_end: Bool[Array | ndarray, "batch chunk"] | None = None  # the last chunk of a text; None: one text in each row
 
 
 class BytePlaces(eqx.Module):
@@ -65,7 +69,8 @@ class Batch(eqx.Module):
     student: Tokens
     teacher: Tokens | None
     chunks: AlignedChunks
-    left_out: Bool[Array | ndarray, " batch"]  # rows whose text the two tokenizers do not spell alike: without weight
+    # How many texts the two tokenizers do not spell alike: they have no weight.
+    left_out: Bool[Array | ndarray, " batch"] | Int[Array | ndarray, " batch"]
     bytes: BytePlaces | None = None  # where the next byte is compared; None: not asked for
 
 

@@ -21,7 +21,7 @@ MODULES = {
 # never from another folder of its layer.
 LAYERS = (
     ("errors", "types"),
-    ("text", "parallel"),
+    ("text", "parallel", "packing"),
     ("tokenization",),
     ("batches", "models"),
     ("distill", "huggingface"),

@@ -152,7 +152,8 @@ def teacher_groups(
         "merged": boundary > math.log(max(config.gamma, 1e-30)),
         "unbiased": chunks.unbiased,
     }
-    groups = merge(filled, may_end[config.chunks] & (chunks.teacher_chunk_end >= 0))
+    ends = may_end[config.chunks] & (chunks.teacher_chunk_end >= 0)
+    groups = merge(filled, ends if chunks.text_end is None else ends | chunks.text_end)
     logp = groups.total(logp)
     return groups, filled, logp + groups.at_end(boundary) if config.debias else logp
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from minalm.models import layers
 from minalm.models.attention import SAVED, self_attention
@@ -68,8 +68,9 @@ class Block(eqx.Module):
         config: ModelConfig,
         rotation: layers.Rotation,
         settings: LayerSettings,
+        segments: Int[Array, "batch time"] | None = None,
     ) -> Float[Array, "batch time embed"]:
-        """One layer."""
+        """One layer. A position sees those of its own segment."""
         if settings.rope is not None:
             rotation = jax.tree.map(lambda table: table[settings.rope], rotation)
         weights = gather(self, x.dtype)
@@ -99,7 +100,9 @@ class Block(eqx.Module):
         q = rotate(project(normed, attention.q, attention.q_bias, config.heads), attention.q_norm)
         k = rotate(project(normed, attention.k, attention.k_bias, config.kv_heads), attention.k_norm)
         v = project(normed, attention.v, attention.v_bias, config.kv_heads)
-        mixed = self_attention(q, k, v, settings.window, config.windows, config.scale, config.attention_softcap)
+        mixed = self_attention(
+            q, k, v, settings.window, config.windows, config.scale, config.attention_softcap, segments
+        )
         x = x + added(layers.project(mixed, attention.o, inner=2), attention.o_bias, weights.attention_post_norm)
 
         normed, mlp = norm(x, weights.mlp_norm), weights.mlp
@@ -128,6 +131,7 @@ class TrunkOutput(eqx.Module):
 
     x: Float[Array, "batch time embed"]
     states: Float[Array, "batch depth chunk embed"] | None  # of the embeddings and of each block; None: not wanted
+    segments: Float32[Array, "batch time"] | None = None  # Tokens.segments, as numbers through which a gradient can flow
 
 
 class Transformer(eqx.Module):
@@ -174,12 +178,15 @@ class Transformer(eqx.Module):
     ) -> TrunkOutput:
         """All but the last block; the states of all layers at the positions `states_at` only, for memory."""
         x = self.embed_tokens(tokens.inputs, tokens.suffix, dtype)
-        x, states = stacked_blocks(self.blocks, self.config, x, remat, states_at)
-        return TrunkOutput(x, states)
+        segments = tokens.segments
+        x, states = stacked_blocks(self.blocks, self.config, x, remat, states_at, segments=segments)
+        return TrunkOutput(x, states, None if segments is None else segments.astype(jnp.float32))
 
     def last_layer(self, output: TrunkOutput, remat: Remat = "none") -> TrunkOutput:
         """The last block; the states of the others stay what they are."""
-        return TrunkOutput(last_block(self.last, self.config, output.x, remat), output.states)
+        segments = None if output.segments is None else output.segments.astype(jnp.int32)
+        x = last_block(self.last, self.config, output.x, remat, segments)
+        return TrunkOutput(x, output.states, output.segments)
 
     def tail(
         self,
@@ -220,14 +227,16 @@ def stacked_blocks(
     remat: Remat = "none",
     states_at: Int[Array, "batch chunk"] | None = None,
     most: int | None = None,
+    segments: Int[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, "batch time embed"], Float[Array, "batch depth chunk embed"] | None]:
-    """All blocks but the last, or the first `most` of them: their output, and the states at `states_at` (of x too)."""
-    rotation = rotary_tables(config, x.shape[1], x.dtype)
+    """All blocks but the last, or the first `most` of them: their output, and the states at `states_at` (of x too).
+    With `segments`, each is a sequence of its own."""
+    rotation = rotary_tables(config, x.shape[1], x.dtype, segments)
     settings, _ = config.layer_settings()
 
     def body(x, layer):
         block, settings = layer
-        x = block(x, config, rotation, settings)
+        x = block(x, config, rotation, settings, segments)
         return x, pick(x, states_at)
 
     first, layers_read = pick(x, states_at), (blocks, settings)
@@ -240,14 +249,18 @@ def stacked_blocks(
 
 
 def last_block(
-    last: Block, config: ModelConfig, x: Float[Array, "batch time embed"], remat: Remat = "none"
+    last: Block,
+    config: ModelConfig,
+    x: Float[Array, "batch time embed"],
+    remat: Remat = "none",
+    segments: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time embed"]:
     """The last block's output."""
-    rotation = rotary_tables(config, x.shape[1], x.dtype)  # the compiler shares it with the stacked blocks
+    rotation = rotary_tables(config, x.shape[1], x.dtype, segments)  # the compiler shares it with the stacked blocks
     _, settings = config.layer_settings()
 
     def body(last, x):
-        return last(x, config, rotation, settings)
+        return last(x, config, rotation, settings, segments)
 
     # Its backward pass runs once for each loss (gradmag.py): the weights are not gathered anew for each.
     return checkpointed(body, remat, (GATHERED,))(last, x)
@@ -268,10 +281,15 @@ def pick(
     return None if positions is None else jnp.take_along_axis(x, jnp.maximum(positions, 0)[..., None], axis=1)
 
 
-def rotary_tables(config: ModelConfig, length: int, dtype: jnp.dtype) -> layers.Rotation:
+def rotary_tables(
+    config: ModelConfig, length: int, dtype: jnp.dtype, segments: Int[Array, "batch time"] | None = None
+) -> layers.Rotation:
     """Sines and cosines for all layers, of sequences of this length: one table, or a stack of one for each of
-    `config.ropes` if these are several."""
+    `config.ropes` if these are several. In each of `segments` positions begin anew."""
     positions = jnp.arange(length)[None]
+    if segments is not None:
+        begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+        positions = positions - jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
 
     def table(rope):
         if rope is None:  # turned by nothing: the numbers stay exactly what they are

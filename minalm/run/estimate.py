@@ -233,7 +233,8 @@ def batch_shapes(data: DataConfig, models: Models, mesh: Mesh, unbiased: bool = 
 
     def tokens(model: Transformer, length: int) -> Tokens:
         suffix = None if model.expansion is None else rows(length)
-        return Tokens(rows(length), rows(length), rows(length, dtype=np.float32), suffix)
+        segments = rows(length) if data.packing else None
+        return Tokens(rows(length), rows(length), rows(length, dtype=np.float32), suffix, segments=segments)
 
     student, teacher = data.student_length, data.student_length if models.teacher is None else data.teacher_length
     chunks = min(student, teacher)
@@ -248,9 +249,10 @@ def batch_shapes(data: DataConfig, models: Models, mesh: Mesh, unbiased: bool = 
             before_space=rows(chunks, dtype=bool),
             text_bytes=rows(chunks),
             unbiased=rows(chunks, dtype=bool) if unbiased else None,
+            text_end=rows(chunks, dtype=bool) if data.packing else None,
         ),
         bytes=models.prefixes and BytePlaces(*(rows(student) for _ in range(3))),
-        left_out=rows(dtype=bool),
+        left_out=rows() if data.packing else rows(dtype=bool),
     )
     layout = shardings(ROWS, mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), batch)

@@ -14,7 +14,7 @@ import tyro
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from minalm.batches import Side, make_batch, why_left_out
+from minalm.batches import Side, make_batch, make_packed_batch, sizes_of, why_left_out
 from minalm.distill.losses import LOSSES, LossConfig
 from minalm.errors import InputError, check_at_least, flag
 from minalm.huggingface import weights
@@ -25,6 +25,7 @@ from minalm.models.config import ModelConfig
 from minalm.models.mapped import random_maps
 from minalm.models.student import pad_rows, student_from_teacher
 from minalm.models.transformer import Transformer, abstract, initialize
+from minalm.packing import Sizes, place
 from minalm.parallel.mesh import local_rows
 from minalm.run.fingerprint import model_fingerprint
 from minalm.text.corpus import Corpus, read_corpus, text_corpus
@@ -43,6 +44,7 @@ from minalm.types import Batch
 
 BATCHES = 100  # in which something must count
 SAMPLE = 10  # batches in which the ends of chunks are looked at
+PACKED_SAMPLE = 1024  # pieces by which it is known how many fit a step
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -309,6 +311,8 @@ class DataConfig:
     """Tokens of a row, teacher's side. What is longer is cut off."""
     batch_size: int = 32
     """Rows of a step, over all devices."""
+    packing: bool = False
+    """Several pieces in a row, each read as it would be alone. Held-out text is not packed."""
 
     @property
     def inputs(self) -> list[Path]:
@@ -347,6 +351,7 @@ class Texts:
     seed: int
     mesh: Mesh
     needs_bytes: bool  # whether the losses compare the next byte; the evaluation does where it can
+    packed: int | None = None  # pieces of a step, if rows are packed
 
     def rows(self, pieces: list[Piece]) -> Batch:
         """Of a batch of these pieces, the rows of this process's devices."""
@@ -354,10 +359,13 @@ class Texts:
 
     def batch(self, step: int) -> Batch:
         """What the update after `step` others learns from."""
-        without = dataclasses.replace(self, teacher=self.teacher and self.teacher._replace(prefixes=None))
-        return (self if self.needs_bytes else without).rows(
-            self.training.batch(self.seed, step, self.config.batch_size)
-        )
+        teacher = self.teacher if self.teacher is None or self.needs_bytes else self.teacher._replace(prefixes=None)
+        rows = self.config.batch_size
+        if self.packed is None:
+            return dataclasses.replace(self, teacher=teacher).rows(self.training.batch(self.seed, step, rows))
+        pieces = self.training.batch(self.seed, step, self.packed)
+        batch, own = make_packed_batch(pieces, self.student, teacher, rows), local_rows(self.mesh, rows)
+        return batch if len(own) == rows else jax.tree.map(lambda leaf: leaf[own], batch)
 
     def first_chat(self) -> Piece | None:
         """The first piece of training text that is of a chat, if there is one among the first thousand."""
@@ -386,6 +394,7 @@ def load_texts(
 
     Raises InputError.
     """
+    check_packing(config, models)
     student, teacher = models.student, models.teacher
     vocabularies = student.vocabulary, (teacher or student).vocabulary
     read_chat = ChatReader(*vocabularies, config.mask_prompt, date)
@@ -416,7 +425,46 @@ def load_texts(
         mesh=mesh,
         needs_bytes=losses.needs_bytes,
     )
-    return dataclasses.replace(texts, notes=[*texts.notes, *check_targets(texts, losses), *unbiased_share(texts)])
+    notes += check_targets(texts, losses)
+    if config.packing:
+        packed, note = packed_pieces(texts)
+        texts, notes = dataclasses.replace(texts, packed=packed), [*notes, note]
+    return dataclasses.replace(texts, notes=[*notes, *unbiased_share(texts)])
+
+
+def check_packing(config: DataConfig, models: Models) -> None:
+    """Raises InputError if rows are to be packed for a model that does not keep the texts of a row apart."""
+    for name, side in (("student", models.student), ("teacher", models.teacher)):
+        if config.packing and side is not None and not isinstance(side.model, Transformer):
+            raise InputError(
+                f"--packing is for models whose layers are attention alone, and the {name} is a "
+                f"{type(side.model).__name__}, which would read the texts of a row as one: leave out --packing"
+            )
+
+
+def packed_pieces(texts: Texts) -> tuple[int, str]:
+    """How many pieces a step of packed rows takes, and what a user should know of it, by the first SAMPLE batches' pieces.
+
+    It is the mean number that finds room, less half its standard deviation.
+    """
+    rows, sides = texts.config.batch_size, (texts.student, texts.teacher)
+    lengths = texts.student.length, (texts.teacher or texts.student).length
+    sizes = sizes_of(texts.training.batch(texts.seed, 0, max(rows * SAMPLE, PACKED_SAMPLE)), *sides)
+    counts, first = [], 0
+    while first < len(sizes.student):
+        layout = place(Sizes(*(size[first:] for size in sizes)), lengths, rows)
+        count = 1 + max((text for row in layout for text in row), default=len(sizes.student))
+        if first and first + count >= len(sizes.student):  # cut short by the end of the sample
+            break
+        counts.append(count)
+        first += count
+    count = max(1, int(np.mean(counts) - np.std(counts) / 2))
+    waiting = sum(max(0, count - each) for each in counts) / (count * len(counts))
+    alone, together = (sizes.student.mean() / lengths[0] * n / rows for n in (rows, count * (1 - waiting)))
+    return count, (
+        f"a step packs {count} texts into {rows} rows: {together:.0%} of the student's tokens are of texts, "
+        f"which would be {alone:.0%} unpacked; about {waiting:.1%} of the texts find no room and wait for another epoch"
+    )
 
 
 def check_targets(texts: Texts, losses: LossConfig) -> list[str]:
