@@ -28,7 +28,9 @@ SENTENCES = 997  # distinct ones, so that lines differ in length and content
 def write_rows(path: Path, rows: int) -> None:
     """Lines of 60 to 900 bytes, 300 on average."""
     draw = np.random.default_rng(0)
-    words = np.array(["model", "reads", "bytes", "of", "the", "text", "token", "caf\u00e9", "and", "\u65e5\u672c", "writes"])
+    words = np.array(
+        ["model", "reads", "bytes", "of", "the", "text", "token", "caf\u00e9", "and", "\u65e5\u672c", "writes"]
+    )
     texts = [" ".join(draw.choice(words, size)) for size in draw.gamma(2.0, 25.0, SENTENCES).astype(int) + 5]
     lines = [json.dumps({"text": text, "source": "made"}, ensure_ascii=False)[1:].encode() for text in texts]
     with path.open("wb", 1 << 22) as file:
@@ -74,7 +76,9 @@ def start(path: str, cache: str, steps: int) -> None:
             if step % (steps // 4) == 0:
                 shown.append(f"{resident():.0f}")
         largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{steps} batches in {clock}; own memory {before:.0f} MB before, {', '.join(shown)} MB after each quarter")
+        print(
+            f"{steps} batches in {clock}; own memory {before:.0f} MB before, {', '.join(shown)} MB after each quarter"
+        )
         print(f"most resident at any time, mapped index included: {largest:.0f} MB")
 
 
@@ -138,7 +142,7 @@ def ahead(step_seconds: float, steps: int, packing: bool) -> None:
 
 def share(paths: list[Path], lengths: tuple[int, int], rows: int) -> None:
     from minalm.batches import Side, sizes_of
-    from minalm.packing import Sizes, place
+    from minalm.packing import packed_counts
     from minalm.presets import TEACHER
     from minalm.text.corpus import read_corpus
     from minalm.text.rows import RowReader
@@ -150,24 +154,16 @@ def share(paths: list[Path], lengths: tuple[int, int], rows: int) -> None:
     student = byte_vocabulary(teacher)
     corpus = read_corpus(paths, lengths[0], RowReader(ChatReader(student, teacher, False, "2026-01-01")))
     sides = Side(student, None, lengths[0]), Side(teacher, None, lengths[1])
-    sizes = sizes_of(corpus.batch(0, 0, min(2048, len(corpus))), *sides)
-    counts, filled, first = [], [], 0
-    while first < len(sizes.student):
-        layout = place(Sizes(*(each[first:] for each in sizes)), lengths, rows)
-        texts = [text for row in layout for text in row]
-        count = 1 + max(texts)
-        if first and first + count >= len(sizes.student):
-            break
-        counts.append(count)
-        filled.append(sizes.student[first : first + count].sum() / rows / lengths[0])
-        first += count
+    sizes = sizes_of(corpus.batch(0, 0, min(4096, len(corpus))), *sides)
+    counts = packed_counts(sizes, lengths, rows)
     alone = sizes.student.mean() / lengths[0]
-    print(f"{len(corpus):,} pieces; {alone:.1%} useful unpacked; packed {np.mean(filled):.1%} if every text waits its turn, ")
-    print(f"{np.mean(counts):.1f} +- {np.std(counts):.1f} texts in {rows} rows")
+    print(
+        f"{len(corpus):,} pieces; {alone:.1%} useful unpacked; {np.mean(counts):.1f} +- {np.std(counts):.1f} texts fit {rows} rows"
+    )
     for less in (0.0, 0.5, 1.0):
         count = int(np.mean(counts) - less * np.std(counts))
         waiting = np.mean([max(0, count - each) for each in counts]) / count
-        print(f"  {count} texts a step: {alone * count * (1 - waiting) / rows:.1%} useful, {waiting:.1%} find no room")
+        print(f"  {count} texts: {alone * count * (1 - waiting) / rows:.1%} useful, {waiting:.1%} find no room")
 
 
 if __name__ == "__main__":
@@ -177,7 +173,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--step", type=float, default=0.3)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64, help="rows that are packed at once")
     parser.add_argument("--lengths", type=int, nargs=2, default=(2048, 512))
     parser.add_argument("--packing", action="store_true")
     given = parser.parse_args()

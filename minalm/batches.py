@@ -7,6 +7,7 @@ from itertools import count
 from os.path import commonprefix
 from typing import NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int64
 
@@ -20,6 +21,8 @@ from minalm.tokenization.vocabulary import Encoding, Vocabulary
 from minalm.types import AlignedChunks, Batch, BytePlaces, Tokens
 
 T = TypeVar("T")
+
+GROUP_ROWS = 64  # that are packed at once
 
 
 class Side(NamedTuple):
@@ -50,6 +53,29 @@ def make_packed_batch(pieces: Sequence[Piece], student: Side, teacher: Side | No
     other = teacher or student
     layout = place(sizes, (student.length, other.length), rows)
     return pack(batch, sizes, layout, (student.vocabulary.pad_id, other.vocabulary.pad_id))
+
+
+class Packer:
+    """Batches of packed rows. Those of a few steps one after the other, a group of at least GROUP_ROWS rows, are packed
+    at once, since of many texts nearly the same number fits every time; a group is kept until another is asked for."""
+
+    def __init__(self, texts: Callable[[int], Sequence[Piece]], student: Side, teacher: Side | None, rows: int):
+        """`texts` gives the texts of a group by its number; `rows` are those of a batch."""
+        self.texts, self.sides, self.rows = texts, (student, teacher), rows
+        self.kept: tuple[int, Batch] | None = None
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step."""
+        group, place = divmod(step, steps_of_group(self.rows))
+        if self.kept is None or self.kept[0] != group:
+            rows = self.rows * steps_of_group(self.rows)
+            self.kept = group, make_packed_batch(self.texts(group), *self.sides, rows)
+        return jax.tree.map(lambda leaf: leaf[place * self.rows : (place + 1) * self.rows], self.kept[1])
+
+
+def steps_of_group(rows: int) -> int:
+    """How many batches of so many rows are packed at once."""
+    return -(-GROUP_ROWS // rows)
 
 
 def sizes_of(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Sizes:

@@ -5,8 +5,8 @@ of each text all stays what it was, but for where it stands: attention is kept a
 `Tokens.segments`, groups of chunks end with their text by `AlignedChunks.text_end`, and what follows a text in its row is
 no target.
 
-A step takes a fixed number of texts, so that a batch stays a function of (seed, step); those that find no room wait for
-the next epoch.
+A group of steps takes a fixed number of texts, so that a batch stays a function of (seed, step); those that find no room
+wait for the next epoch.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from minalm.text.order import permute
 from minalm.types import AlignedChunks, Batch, BytePlaces, Tokens
 
 
@@ -33,7 +34,22 @@ def place(sizes: Sizes, lengths: tuple[int, int], rows: int) -> list[list[int]]:
     count = int((np.cumsum(use, axis=0) <= rows * np.array(lengths)).all(axis=1).sum())  # no more could fit
     while (found := _fitted(use[:count], lengths, rows)) is None:
         count -= 1
-    return found
+    order = permute(np.arange(rows), rows, np.full(rows, count, np.uint64))  # the first rows have the longest texts
+    return [found[row] for row in order.tolist()]
+
+
+def packed_counts(sizes: Sizes, lengths: tuple[int, int], rows: int) -> list[int]:
+    """How many texts find room in `rows` rows, those behind them in as many more, and so on."""
+    counts: list[int] = []
+    first = 0
+    while first < len(sizes.student):
+        layout = place(Sizes(*(size[first:] for size in sizes)), lengths, rows)
+        count = 1 + max((text for texts in layout for text in texts), default=len(sizes.student) - first - 1)
+        if counts and first + count >= len(sizes.student):  # there were no more
+            break
+        counts.append(count)
+        first += count
+    return counts
 
 
 def _fitted(use: Int64[np.ndarray, "texts 2"], lengths: tuple[int, int], rows: int) -> list[list[int]] | None:

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import random
+import re
 
+import configs
 import equinox as eqx
 import jax
 import numpy as np
@@ -12,14 +16,21 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from test_next_byte import PIECES, plain, sides
 from test_step import QUICK, TEACHER, assert_near, parameters, settings, slow
+from test_train import DATE, TINY, make_files
 
 import train
 from minalm.batches import make_batch, make_packed_batch, sizes_of
 from minalm.distill.losses import LossConfig
+from minalm.errors import InputError
+from minalm.huggingface.folder import GenerationConfig
+from minalm.huggingface.loaded import LoadedModel
+from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.head import PrefixTree, VocabularyMask
+from minalm.models.kinds import abstract
 from minalm.models.transformer import leaves
 from minalm.packing import Sizes, pack, place
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, shard_rows, specs
+from minalm.run.setup import DataConfig, Models, check_packing, load_models, load_texts
 from minalm.tokenization.suffixes import longest_suffix
 
 TEXTS = [*PIECES[:2], plain("the user")[:2], plain("\u65e5 model")[:2], *PIECES[3:], plain(" end"), (), plain("two\n")]
@@ -106,9 +117,64 @@ def test_places(use, rows):
         assert len(placed) >= min(rows, len(filled))  # at least one a row
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The text of a tiny run with packed rows, from documents of several lengths."""
+    folder = tmp_path_factory.mktemp("packed")
+    files = make_files(folder)
+    draw = random.Random(0)
+    lines = [json.dumps({"text": "the cat " * draw.randrange(1, 8)}) for _ in range(300)]
+    (folder / "short.jsonl").write_text("\n".join(lines))
+    config = configs.change(TINY, teacher=files.untied, data=(folder / "short.jsonl",), packing=True)
+    models = load_models(config.student, 64, 0)
+    return load_texts(config.data, models, 7, make_mesh(1, 1), DATE, config.losses)
+
+
+def test_packed_batches_are_a_function_of_the_step(texts):
+    batches = {step: texts.batch(step) for step in (5, 0, 5)}
+    again = texts.batch(0)
+    for found, expected in zip(jax.tree.leaves(again), jax.tree.leaves(batches[0]), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert batches[5].student.inputs.shape == (4, 64) and (batches[5].student.inputs != again.student.inputs).any()
+    (note,) = [note for note in texts.notes if note.startswith("64 rows hold ")]
+    used = [(texts.batch(step).student.segments >= 0).mean() for step in range(16)]
+    said, unpacked = (int(share) for share in re.findall(r"(\d+)%", note)[:2])
+    assert abs(said - 100 * np.mean(used)) < 3 and said > unpacked + 20 and min(used) > 0.6
+    (held_out,) = {leaf.shape for leaf in jax.tree.leaves(texts.rows(texts.training.batch(0, 0, 4)).student.weight)}
+    assert held_out == (4, 64)  # what is evaluated is not packed
+
+
+def test_packed_rows_read_their_texts_in_their_order(texts):
+    """16 steps have those of the permutation's next places, but for a few at their end that found no room."""
+    count = len(texts.packer.texts(0))
+    for group in range(3):
+        pieces, found = texts.training.batch(7, group, count), []
+        for step in range(16 * group, 16 * group + 16):
+            batch = texts.batch(step)
+            for row, segments in zip(batch.student.inputs, batch.student.segments):
+                found += [
+                    bytes(token for token in row[segments == number].tolist() if token < 256).decode()
+                    for number in range(segments.max() + 1)
+                ]
+        assert 0.95 * count <= len(found) <= count
+        assert sorted(found) == sorted(piece[1].content for piece in pieces[: len(found)])
+
+
+def test_models_that_do_not_keep_texts_apart_are_refused():
+    config = ModelConfig(52, 24, 36, 2, 4, 2, 6, (None, None))
+    subwords = LoadedModel.of_shapes(abstract(config))
+    bolmo = LoadedModel.of_shapes(abstract(BolmoConfig(260, 52, config, 2, 36)))
+    trained = jax.tree.map(lambda _: True, subwords.model)
+    data = DataConfig(packing=True)
+    check_packing(data, Models(subwords, subwords, trained, GenerationConfig()))
+    check_packing(DataConfig(), Models(bolmo, subwords, trained, GenerationConfig()))
+    with pytest.raises(InputError, match="the student is a Bolmo, which would read the texts of a row as one"):
+        check_packing(data, Models(bolmo, subwords, trained, GenerationConfig()))
+
+
 # --- in a step ----------------------------------------------------------------------------------------------------
 
-ALL = LossConfig(sft=0.5, alm=1.0, next_byte=1.0, latents=1.0, latents_layers="all", gamma=0.02)
+ALL = LossConfig(sft=0.5, alm=1.0, next_byte=1.0, latents=1.0, latents_layers="all", gamma=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +253,9 @@ def test_losses_and_gradients_are_those_of_unpacked_rows(both, models):
     assert_same(gradients(models, packed), expected)
     # It is the boundaries between texts that make it so.
     for name in ("segments", "text_end"):
-        leaf = (lambda b: (b.student.segments, b.teacher.segments)) if name == "segments" else lambda b: b.chunks.text_end
+        leaf = (
+            (lambda b: (b.student.segments, b.teacher.segments)) if name == "segments" else lambda b: b.chunks.text_end
+        )
         blind = jax.tree.map(np.zeros_like, leaf(packed))
         _, metrics = gradients(models, eqx.tree_at(leaf, packed, blind))
         assert abs(metrics["loss/alm"] - expected[1]["loss/alm"]) > 1e-3 * expected[1]["loss/alm"], name

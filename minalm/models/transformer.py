@@ -131,7 +131,9 @@ class TrunkOutput(eqx.Module):
 
     x: Float[Array, "batch time embed"]
     states: Float[Array, "batch depth chunk embed"] | None  # of the embeddings and of each block; None: not wanted
-    segments: Float32[Array, "batch time"] | None = None  # Tokens.segments, as numbers through which a gradient can flow
+    segments: Float32[Array, "batch time"] | None = (
+        None  # Tokens.segments, as numbers through which a gradient can flow
+    )
 
 
 class Transformer(eqx.Module):

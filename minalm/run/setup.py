@@ -14,7 +14,7 @@ import tyro
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from minalm.batches import Side, make_batch, make_packed_batch, sizes_of, why_left_out
+from minalm.batches import Packer, Side, make_batch, sizes_of, steps_of_group, why_left_out
 from minalm.distill.losses import LOSSES, LossConfig
 from minalm.errors import InputError, check_at_least, flag
 from minalm.huggingface import weights
@@ -25,7 +25,7 @@ from minalm.models.config import ModelConfig
 from minalm.models.mapped import random_maps
 from minalm.models.student import pad_rows, student_from_teacher
 from minalm.models.transformer import Transformer, abstract, initialize
-from minalm.packing import Sizes, place
+from minalm.packing import packed_counts
 from minalm.parallel.mesh import local_rows
 from minalm.run.fingerprint import model_fingerprint
 from minalm.text.corpus import Corpus, read_corpus, text_corpus
@@ -351,7 +351,7 @@ class Texts:
     seed: int
     mesh: Mesh
     needs_bytes: bool  # whether the losses compare the next byte; the evaluation does where it can
-    packed: int | None = None  # pieces of a step, if rows are packed
+    packer: Packer | None = None  # if rows are packed
 
     def rows(self, pieces: list[Piece]) -> Batch:
         """Of a batch of these pieces, the rows of this process's devices."""
@@ -359,13 +359,12 @@ class Texts:
 
     def batch(self, step: int) -> Batch:
         """What the update after `step` others learns from."""
-        teacher = self.teacher if self.teacher is None or self.needs_bytes else self.teacher._replace(prefixes=None)
         rows = self.config.batch_size
-        if self.packed is None:
-            return dataclasses.replace(self, teacher=teacher).rows(self.training.batch(self.seed, step, rows))
-        pieces = self.training.batch(self.seed, step, self.packed)
-        batch, own = make_packed_batch(pieces, self.student, teacher, rows), local_rows(self.mesh, rows)
-        return batch if len(own) == rows else jax.tree.map(lambda leaf: leaf[own], batch)
+        if self.packer is None:
+            without = dataclasses.replace(self, teacher=self.teacher and self.teacher._replace(prefixes=None))
+            return (self if self.needs_bytes else without).rows(self.training.batch(self.seed, step, rows))
+        own = local_rows(self.mesh, rows)
+        return jax.tree.map(lambda leaf: leaf[own], self.packer(step))
 
     def first_chat(self) -> Piece | None:
         """The first piece of training text that is of a chat, if there is one among the first thousand."""
@@ -427,8 +426,8 @@ def load_texts(
     )
     notes += check_targets(texts, losses)
     if config.packing:
-        packed, note = packed_pieces(texts)
-        texts, notes = dataclasses.replace(texts, packed=packed), [*notes, note]
+        packer, note = packed_batches(texts)
+        texts, notes = dataclasses.replace(texts, packer=packer), [*notes, note]
     return dataclasses.replace(texts, notes=[*notes, *unbiased_share(texts)])
 
 
@@ -442,29 +441,29 @@ def check_packing(config: DataConfig, models: Models) -> None:
             )
 
 
-def packed_pieces(texts: Texts) -> tuple[int, str]:
-    """How many pieces a step of packed rows takes, and what a user should know of it, by the first SAMPLE batches' pieces.
+def packed_batches(texts: Texts) -> tuple[Packer, str]:
+    """What packs the rows of a run, and what a user should know of it.
 
-    It is the mean number that finds room, less half its standard deviation.
+    A group of steps takes as many pieces as find room on average in the first PACKED_SAMPLE, less half a standard
+    deviation.
     """
-    rows, sides = texts.config.batch_size, (texts.student, texts.teacher)
-    lengths = texts.student.length, (texts.teacher or texts.student).length
-    sizes = sizes_of(texts.training.batch(texts.seed, 0, max(rows * SAMPLE, PACKED_SAMPLE)), *sides)
-    counts, first = [], 0
-    while first < len(sizes.student):
-        layout = place(Sizes(*(size[first:] for size in sizes)), lengths, rows)
-        count = 1 + max((text for row in layout for text in row), default=len(sizes.student))
-        if first and first + count >= len(sizes.student):  # cut short by the end of the sample
-            break
-        counts.append(count)
-        first += count
+    teacher = texts.teacher if texts.teacher is None or texts.needs_bytes else texts.teacher._replace(prefixes=None)
+    batch = texts.config.batch_size
+    rows, lengths = batch * steps_of_group(batch), (texts.student.length, (texts.teacher or texts.student).length)
+    sizes = sizes_of(texts.training.batch(texts.seed, 0, max(8 * rows, PACKED_SAMPLE)), texts.student, teacher)
+    counts = packed_counts(sizes, lengths, rows)
     count = max(1, int(np.mean(counts) - np.std(counts) / 2))
     waiting = sum(max(0, count - each) for each in counts) / (count * len(counts))
-    alone, together = (sizes.student.mean() / lengths[0] * n / rows for n in (rows, count * (1 - waiting)))
-    return count, (
-        f"a step packs {count} texts into {rows} rows: {together:.0%} of the student's tokens are of texts, "
-        f"which would be {alone:.0%} unpacked; about {waiting:.1%} of the texts find no room and wait for another epoch"
+    alone = sizes.student.mean() / lengths[0]
+    note = (
+        f"{rows} rows hold {count} texts, and {alone * count * (1 - waiting) / rows:.0%} of the student's tokens are of "
+        f"texts, {alone:.0%} without --packing; about {waiting:.1%} of the texts find no room and wait for another epoch"
     )
+
+    def pieces(group: int) -> list[Piece]:
+        return texts.training.batch(texts.seed, group, count)
+
+    return Packer(pieces, texts.student, teacher, batch), note
 
 
 def check_targets(texts: Texts, losses: LossConfig) -> list[str]:
