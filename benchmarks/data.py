@@ -2,7 +2,7 @@
 
     python benchmarks/data.py size [--rows 10000000]          # rows of text in one .jsonl file, in a folder that is removed
     python benchmarks/data.py ahead [--step 0.3] [--packing]  # batches of 32 x 2048 for Gemma 2 -> bytes, from .jsonl chats
-    python benchmarks/data.py share PATH...                   # useful share of rows before and after packing
+    python benchmarks/data.py share [PATH...]                 # useful share of rows before and after packing; else Python's library
 
 Seconds are of the clock and, in brackets, of processors. `ahead` takes the texts and the tokenizer of batches.py.
 """
@@ -146,13 +146,15 @@ def share(paths: list[Path], lengths: tuple[int, int], rows: int) -> None:
     from minalm.presets import TEACHER
     from minalm.text.corpus import read_corpus
     from minalm.text.rows import RowReader
+    from minalm.text.stdlib import stdlib_documents
     from minalm.tokenization.chats import ChatReader
     from minalm.tokenization.tokenizer_json import load_vocabulary
     from minalm.tokenization.vocabulary import byte_vocabulary
 
     teacher = load_vocabulary(TEACHER)
     student = byte_vocabulary(teacher)
-    corpus = read_corpus(paths, lengths[0], RowReader(ChatReader(student, teacher, False, "2026-01-01")))
+    reader = RowReader(ChatReader(student, teacher, False, "2026-01-01"))
+    corpus = read_corpus(paths or ["stdlib"], lengths[0], reader, stdlib=lambda: stdlib_documents("training"))
     sides = Side(student, None, lengths[0]), Side(teacher, None, lengths[1])
     sizes = sizes_of(corpus.batch(0, 0, min(4096, len(corpus))), *sides)
     counts = packed_counts(sizes, lengths, rows)
