@@ -35,6 +35,8 @@ class BitsPerByte(NamedTuple):
 def read_documents(paths: Sequence[Path]) -> list[str]:
     """The texts of .txt files (one document each) and of rows of other files (text.rows). Raises InputError."""
     corpus = read_corpus(paths, limit=2**62)
+    if corpus.shares is not None:
+        raise InputError("texts that are evaluated have no weights: leave them out of their names")
     pieces = map(corpus.piece, range(len(corpus)))
     return ["".join(part.content for part in piece if isinstance(part.content, str)) for piece in pieces]
 

@@ -145,9 +145,10 @@ def _is_whole(copy: Path) -> bool:
 def _replaced(path: Path, stamped: bool = False) -> Iterator[BinaryIO]:
     """A file to write that stands at `path` when it is whole; `stamped`: its stamp stands beside it. Raises InputError
     where there is no room."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_old(path)
         with open(partial, "wb") as file:
             yield file
         partial.replace(path)
@@ -161,6 +162,19 @@ def _replaced(path: Path, stamped: bool = False) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _unfinished(path: Path) -> Path:
+    """Where something is made that will stand at `path`; of its own for each process, on other hosts too."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+
+
+def _clear_old(path: Path) -> None:
+    """Removes what processes that were killed have left of `path` more than a day ago."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - 86_400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def no_room(folder: Path, error: OSError) -> InputError:
@@ -184,10 +198,10 @@ def index(
     place = folder / "indexes" / _index_key(files, prints, limit, reader)
     if (found := _load(place)) is not None:
         return found
-    building = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
+    building = _unfinished(place)
     try:
         building.mkdir(parents=True)
+        _clear_old(place)
         _build(files, limit, reader, building, say)
         shutil.rmtree(place, ignore_errors=True)  # it is damaged
         with contextlib.suppress(OSError):  # another process was faster

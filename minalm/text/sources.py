@@ -202,7 +202,8 @@ def load_table(name: str) -> Any:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{name} is read with `datasets`, which is not installed: pip install 'minalm[hub]'"
+            f"{name} is no file or folder of files here, and `datasets`, which reads the hub's and its own, is not "
+            "installed: pip install 'minalm[hub]', or correct the name"
         ) from error
     try:
         if Path(name).is_dir():
