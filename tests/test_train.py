@@ -1115,7 +1115,7 @@ def test_bad_presets(files, tmp_path, monkeypatch):
 
 def test_a_run_that_would_learn_nothing_by_a_loss(files, tmp_path):
     """The student's rows end before the teacher's first token does: no chunk, but a byte to predict."""
-    (tmp_path / "data.jsonl").write_text('{"text": "the cat"}\n' * 8)
+    (tmp_path / "data.jsonl").write_text('{"text": " cat the"}\n' * 8)
     found = refused(arguments(files, tmp_path / "run", data=tmp_path / "data.jsonl", student_length=2))
     assert "nothing in the first 8 texts counts in alm: give other text, longer rows" in found
 
