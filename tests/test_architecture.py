@@ -21,8 +21,8 @@ MODULES = {
 # never from another folder of its layer.
 LAYERS = (
     ("errors", "types"),
-    ("text", "parallel", "packing"),
-    ("tokenization",),
+    ("text", "parallel"),
+    ("tokenization", "packing"),
     ("batches", "models"),
     ("distill", "huggingface"),
     ("generation",),
