@@ -34,6 +34,7 @@ from minalm.distill.gradmag import Forward, balanced_gradients
 from minalm.distill.losses import LossConfig
 from minalm.distill.means import total
 from minalm.distill.parts import after, in_parts
+from minalm.distill.patches import patch_metrics, read_guide
 from minalm.errors import check_at_least
 from minalm.models.contract import Model, read
 from minalm.models.head import PrefixTree, VocabularyMask
@@ -135,7 +136,7 @@ def initial_state(
         student = Mapped(student, models.maps)
         is_trained = with_student(student, is_trained, True)
     trained, frozen = eqx.partition(student, is_trained)
-    trained, teacher = put(trained, mesh, jnp.float32), models.teacher
+    trained, teacher = put(trained, mesh, jnp.float32), models.teacher if models.teacher_runs else None
     init = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, trained, mesh))
     step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings(P(), mesh))
     if put is not shard:
@@ -159,13 +160,17 @@ def gradients(
     states, all_states = config.needs_states, config.compares_all_layers  # hidden states, compared where chunks end
 
     def read_teacher(rows):
+        if config.guided:
+            blocks = config.representation_blocks
+            return read_guide(frozen.teacher, frozen.teacher_mask, rows, dtype, remat, blocks)
         ends = rows.chunks.teacher_chunk_end if states else None
         places = (frozen.tree, rows.bytes) if config.needs_bytes else None
         return read(frozen.teacher, frozen.teacher_mask, rows.teacher, dtype, remat, ends, all_states, places)
 
     def trunk(student, rows):
-        model, (batch, _) = eqx.combine(student, frozen.student), rows
-        return model.trunk(batch.student, dtype, remat, batch.chunks.student_chunk_end if all_states else None)
+        model, (batch, teacher) = eqx.combine(student, frozen.student), rows
+        tokens = dataclasses.replace(batch.student, guide=teacher.guide) if config.guided else batch.student
+        return model.trunk(tokens, dtype, remat, batch.chunks.student_chunk_end if all_states else None)
 
     def last_layer(student, trunk_output):
         return eqx.combine(student, frozen.student).last_layer(trunk_output, remat)
@@ -175,17 +180,20 @@ def gradients(
         ends = batch.chunks.student_chunk_end if states else None
         targets = teacher.byte_targets if config.needs_bytes else None
         output = model.tail(last_output, batch.student, frozen.student_mask, ends, None, targets)
-        return losses.loss_terms(config, batch, output, teacher, normalizers), output.stats.logp
+        patches = output.patches and dataclasses.replace(output.patches, early=None)
+        return losses.loss_terms(config, batch, output, teacher, normalizers), (output.stats.logp, patches)
 
     teacher = in_parts(read_teacher, batch, parts) if config.needs_teacher else None
     batch = batch if teacher is None else after(teacher, batch)
     normalizers = losses.normalizers(config, batch, teacher)
     forward = Forward(trunk, last_layer, tail)
-    grad, values, weights, logp = balanced_gradients(forward, student, (batch, teacher), config, parts)
+    grad, values, weights, (logp, patches) = balanced_gradients(forward, student, (batch, teacher), config, parts)
     metrics = {f"loss/{name}": value for name, value in zip(config.names, values, strict=True)}
     metrics |= {f"weight/{name}": weight for name, weight in zip(config.names, weights, strict=True)}
     metrics["bits_per_byte"] = losses.bits_per_byte(logp, batch.chunks.student_chunk, batch.chunks.text_bytes)
     metrics["left_out"], metrics["bytes"] = total(batch.left_out), total(batch.chunks.text_bytes)
+    if patches is not None:
+        metrics |= patch_metrics(patches, batch.student)
     if config.needs_bytes:  # the share of the targets for which the teacher says what the next byte is
         metrics["taught"] = normalizers["next_byte"] / jnp.maximum(total(batch.student.weight), 1.0)
     return grad, metrics

@@ -3,9 +3,11 @@
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from os.path import commonprefix
 from typing import NamedTuple, TypeVar
+from zlib import crc32
 
 import jax
 import numpy as np
@@ -13,7 +15,8 @@ from jaxtyping import Bool, Int64
 
 from minalm.packing import Sizes, pack, place
 from minalm.text.documents import Piece
-from minalm.tokenization.align import align, normalized, read_both
+from minalm.tokenization.align import Alignment, align, joined, normalized, read_both
+from minalm.tokenization.compression import Compression, kept_by_pairs, kept_by_space
 from minalm.tokenization.pair_bias import UnbiasedEnds
 from minalm.tokenization.prefixes import Prefixes, byte_places
 from minalm.tokenization.suffixes import LongestSuffix
@@ -33,6 +36,7 @@ class Side(NamedTuple):
     length: int  # tokens in a row
     prefixes: Prefixes | None = None  # only of a teacher whose next byte is asked for
     unbiased: UnbiasedEnds | None = None  # only of a teacher whose chunks are `unbiased`
+    patches: bool = False  # only of a Bolmo student, which learns where the teacher's tokens end
 
 
 def make_batch(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Batch:
@@ -85,10 +89,11 @@ def sizes_of(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> Si
 
 def _make(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> tuple[Batch, Sizes]:
     pieces, ours, theirs, usable = read_both(pieces, student.vocabulary, teacher and teacher.vocabulary)
+    tokens, chunks = _tokens(ours, student), _chunks(ours, theirs, student, teacher or student)
     batch = Batch(
-        student=_tokens(ours, student),
+        student=_with_patches(tokens, chunks) if student.patches else tokens,
         teacher=None if teacher is None else _tokens(theirs, teacher),
-        chunks=_chunks(ours, theirs, student, teacher or student),
+        chunks=chunks,
         bytes=_byte_places(pieces, ours, theirs, student, teacher),
         left_out=~usable,
     )
@@ -98,6 +103,25 @@ def _make(pieces: Sequence[Piece], student: Side, teacher: Side | None) -> tuple
         chunks=(batch.chunks.student_chunk_end >= 0).sum(axis=1),
     )
     return batch, sizes
+
+
+def with_longer_patches(batch: Batch, kind: Compression, ratio: float, seed: int, step: int) -> Batch:
+    """The batch of a Bolmo with fewer places where patches shall end, so that they have `ratio` bytes; chance depends on
+    the seed, the step and the row's own tokens."""
+    ends, chunks = batch.student.patch_ends.copy(), batch.chunks
+    for row, used in enumerate((ends >= 0).sum(axis=1).tolist()):
+        if used:
+            ids = batch.teacher.inputs[row, chunks.teacher_chunk_end[row, :used]]
+            random = np.random.default_rng([seed, step, crc32(ids.tobytes())])
+            size = int(ends[row, used - 1]) + 1
+            if kind == "bpe":
+                kept = kept_by_pairs(ids, size, ratio, random)
+            else:
+                kept = kept_by_space(chunks.before_space[row, :used], size, ratio, random)
+            left = ends[row, :used][kept]
+            ends[row] = -1
+            ends[row, : len(left)] = left
+    return replace(batch, student=replace(batch.student, patch_ends=ends))
 
 
 def why_left_out(piece: Piece, student: Side, teacher: Side | None) -> str:
@@ -154,6 +178,8 @@ def _chunks(ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side,
     )
     for row, (our, their) in enumerate(zip(ours, theirs)):
         aligned = align(our.cut(student.length), their.cut(teacher.length))
+        if student.patches:
+            aligned = _with_ends_of_documents(aligned, our, student.vocabulary.eos_id)
         used = len(aligned.student_chunk_end)
         chunks.student_chunk_end[row, :used] = aligned.student_chunk_end
         chunks.teacher_chunk_end[row, :used] = aligned.teacher_chunk_end
@@ -174,6 +200,21 @@ def _chunks(ours: Sequence[Encoding], theirs: Sequence[Encoding], student: Side,
         ):
             targets[: len(chunk)] = np.where(chunk == 0, -1, chunk) if first_in_chunk else chunk
     return chunks
+
+
+def _with_patches(tokens: Tokens, chunks: AlignedChunks) -> Tokens:
+    """The tokens of a Bolmo, with the places where the teacher's tokens end. What the teacher's row has no place for
+    does not count."""
+    inside = np.where(chunks.student_chunk >= 0, tokens.weight, 0.0).astype(np.float32)
+    return replace(tokens, weight=inside, patch_ends=chunks.student_chunk_end)
+
+
+def _with_ends_of_documents(aligned: Alignment, our: Encoding, eos: int | None) -> Alignment:
+    """The alignment in which a document's last token and its end are one chunk: a Bolmo makes a patch of both."""
+    after = aligned.student_chunk_end[:-1] + 1
+    kept = np.append(our.ids[after] != eos, True)[: len(aligned.student_chunk_end)]
+    kept[:1] = True  # bos is a patch of its own
+    return joined(aligned, kept)
 
 
 def _byte_places(

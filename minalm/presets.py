@@ -53,6 +53,62 @@ def headline(name: str, teacher: str, losses: Mapping[str, float] = PUBLISHED) -
     )
 
 
+BOLMO_STAGE_1 = LossConfig(
+    # Published: 1, 1, 4 and 4, where cross-entropy and distillation are divided by another number than they are summed
+    # over, which weighs them 1.36 times.
+    sft=1.36,
+    alm=1.36,
+    representation=4.0,
+    boundary=4.0,
+    guided=True,
+    representation_blocks=4,
+    balance="fixed",
+    chunks="unconstrained",
+    debias=False,  # published: debiased, by a mass that leaves out the bytes that end a patch
+    divergence="binary_kl",
+    tau=5.0,
+)
+BOLMO_STAGE_2 = LossConfig(sft=1.36, alm=0.0, boundary=4.0, balance="fixed")
+
+
+def bolmo(stage: int, size: str, teacher: str, local_mlp: int, rates: tuple[float, float | None]) -> dict[str, Any]:
+    """What both published Bolmos were trained with. `rates`: of what is new, and in stage 2 of the teacher's layers.
+
+    Two things differ. Norms and biases do not decay. A row is a piece of text of up to 16,384 bytes, with room for 4,096
+    patches; published are rows of 4,096 tokens in 24,576 places for bytes, of which a quarter stays empty.
+    """
+    name = f"bolmo-{size}-stage{stage}"
+    rate, block_rate = rates
+    new = dict(kind="bolmo", local_heads=16, local_mlp=local_mlp, encoder_layers=1, decoder_layers=4)
+    start = new if stage == 1 else dict(student=Path(f"runs/bolmo-{size}-stage1"))
+    return dict(
+        run=RunConfig(out=Path("runs") / name),
+        student=StudentConfig(teacher=Path(teacher), train_expansion=True, train_blocks=stage == 2, **start),
+        data=DataConfig(
+            batch_size=32 if stage == 1 else 64, piece_bytes=16_384, student_length=16_640, teacher_length=4_096
+        ),
+        losses=BOLMO_STAGE_1 if stage == 1 else BOLMO_STAGE_2,
+        optimizer=OptimizerConfig(
+            steps=75_000 if stage == 1 else 150_000,
+            learning_rate=rate,
+            block_learning_rate=block_rate,
+            warmup_steps=7_500 if stage == 1 else 15_000,
+            beta1=0.9,
+            beta2=0.999 if stage == 1 else 0.95,
+            epsilon=1e-8,
+            weight_decay=0.1,
+            clip_norm=0.5,
+        ),
+        compute=ComputeConfig(compute_dtype="bfloat16", remat="dots"),
+        mesh=MeshConfig(fsdp=16, tp=1),
+    )
+
+
+BOLMO_SIZES = {  # teacher, hidden units of a byte block, learning rates of stage 1 and of stage 2
+    "1b": ("allenai/OLMo-2-0425-1B", 2816, (7e-4, None), (5.2e-5, 2.6e-5)),
+    "7b": ("allenai/Olmo-3-1025-7B", 5504, (5e-4, None), (3.66e-5, 1.83e-5)),
+}
+
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": (
         "A small subword model becomes byte-level on the text of Python's own library: minutes on 2 CPU cores.",
@@ -64,6 +120,21 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             ),
             losses=LossConfig(**BEST),
             optimizer=OptimizerConfig(steps=1_500, learning_rate=6e-3, warmup_steps=50),
+            compute=ComputeConfig(compute_dtype="float32"),
+        ),
+    ),
+    "quickstart-bolmo": (
+        "The quickstart's teacher becomes a Bolmo: minutes on 2 CPU cores.",
+        dict(
+            run=RunConfig(out=Path("runs/quickstart-bolmo"), save_interval=500),
+            student=StudentConfig(teacher=TEACHER, kind="bolmo", local_heads=4, train_expansion=True),
+            data=DataConfig(
+                stdlib=True, stdlib_fraction=0.25, batch_size=4, piece_bytes=384, student_length=384, teacher_length=160
+            ),
+            losses=BOLMO_STAGE_2,
+            optimizer=OptimizerConfig(
+                steps=1_500, learning_rate=6e-3, warmup_steps=50, weight_decay=0.1, clip_norm=0.5
+            ),
             compute=ComputeConfig(compute_dtype="float32"),
         ),
     ),
@@ -154,3 +225,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }
+for size, (teacher, local_mlp, *rates) in BOLMO_SIZES.items():
+    for stage, (does, pair) in enumerate(
+        zip(("the parts around the teacher learn, guided by it.", "all of stage 1's student learns."), rates), start=1
+    ):
+        text = f"Bolmo {size.upper()}, stage {stage} of 2, as published: {does}" + FROM_THE_HUB
+        PRESETS[f"bolmo-{size}-stage{stage}"] = text, bolmo(stage, size, teacher, local_mlp, pair)

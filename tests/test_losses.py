@@ -21,7 +21,17 @@ from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, specs
 from minalm.types import AlignedChunks, Batch, ModelOutput, Tokens, TokenStats
 
 BATCH, STUDENT_TIME, TEACHER_TIME, CHUNKS = 3, 14, 11, 9
-DIVERGENCES = ("binary_ce", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3")
+DIVERGENCES = (
+    "binary_ce",
+    "binary_kl",
+    "reverse_binary_kl",
+    "binary_kl_temp_limit",
+    "abs",
+    "abs_exp",
+    "renyi",
+    "k2",
+    "k3",
+)
 NORMS = ("l2_channelwise", "l2", "l1", "l1_channelwise")
 
 
@@ -54,6 +64,9 @@ def plain_divergence(l_t, l_s, config):
     (p_t, q_t), (p_s, q_s) = ((math.exp(x), -math.expm1(x)) for x in (x_t, x_s))
     if config.divergence == "binary_ce":
         return -(p_t * x_s + q_t * math.log(q_s)), -(p_t - q_t * p_s / q_s) / tau
+    if config.divergence == "binary_kl":
+        value = p_t * (x_t - x_s) + q_t * (math.log(q_t) - math.log(q_s))
+        return value, -(p_t - q_t * p_s / q_s) / tau
     if config.divergence == "reverse_binary_kl":
         logs = (x_s - x_t) - (math.log(q_s) - math.log(q_t))
         return p_s * (x_s - x_t) + q_s * (math.log(q_s) - math.log(q_t)), p_s * logs / tau
@@ -323,7 +336,9 @@ def test_renyi_of_other_orders(alpha):
     np.testing.assert_allclose(found, [plain_divergence(*pair, config)[0] for pair in pairs], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ("reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3"))
+@pytest.mark.parametrize(
+    "name", ("binary_kl", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3")
+)
 def test_equal_probabilities_have_no_divergence(name):
     l = jnp.asarray([[-3.0, -0.01, -40.0]], jnp.float32)
     np.testing.assert_allclose(diverge(l, l, LossConfig(divergence=name)), 0.0, atol=1e-6)

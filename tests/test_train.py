@@ -1108,7 +1108,7 @@ def test_bad_presets(files, tmp_path, monkeypatch):
     assert "gemma-2-2b-it" in refused(["gemma2-2b-it-byte", *data])
     for loss in ("alm", "latents"):
         found = refused(["quickstart-teacher", f"--losses.{loss}", "1"])
-        assert "alm and next_byte and latents need a teacher: give --teacher, or" in found
+        assert "alm and next_byte and latents and representation need a teacher: give --teacher, or" in found
     assert "name one with --student-tokenizer" in refused(["quickstart-teacher", "--student-tokenizer", "bytes"])
     assert list(tmp_path.iterdir()) == []
 

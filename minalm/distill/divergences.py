@@ -10,7 +10,9 @@ from jaxtyping import Array, Float
 BELOW_ONE = 1e-6  # subtracted from l / tau so that log(1 - p) stays finite
 
 
-Divergence = Literal["binary_ce", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3"]
+Divergence = Literal[
+    "binary_ce", "binary_kl", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "k2", "k3"
+]
 
 
 def log_one_minus_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -60,6 +62,8 @@ def divergence(
     log_qt, log_qs = log_one_minus_exp(log_pt), log_one_minus_exp(log_ps)  # q = 1 - p
     if kind == "binary_ce":
         return -(jnp.exp(log_pt) * log_ps - jnp.expm1(log_pt) * log_qs)
+    if kind == "binary_kl":
+        return jnp.exp(log_pt) * (log_pt - log_ps) - jnp.expm1(log_pt) * (log_qt - log_qs)
     if kind == "reverse_binary_kl":
         return jnp.exp(log_ps) * (log_ps - log_pt) - jnp.expm1(log_ps) * (log_qs - log_qt)
     power_p = alpha * log_pt + (1.0 - alpha) * log_ps

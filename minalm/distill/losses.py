@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from minalm.distill import hidden
+from minalm.distill import hidden, patches
 from minalm.distill.chunks import Groups, chunk_sums, merge, sum_by
 from minalm.distill.divergences import Divergence, divergence
 from minalm.distill.means import mean, total
@@ -37,6 +37,15 @@ class LossConfig:
     """Weight of the cross-entropy of a byte student against the next byte that the teacher implies."""
     latents: float = 0.0
     """Weight of the distance between hidden states at chunk ends; of models of different widths, through a learnt map."""
+    representation: float = 0.0
+    """Bolmo students: weight of the distance between the states of patches and of the teacher's tokens after the first
+    blocks."""
+    boundary: float = 0.0
+    """Bolmo students: weight of the cross-entropy of predicted boundaries against the ends of the teacher's tokens."""
+    guided: bool = False
+    """Bolmo students, stage 1: patches end where the teacher's tokens do, and its last states stand for them."""
+    representation_blocks: int = 4
+    """After how many blocks those states are compared."""
     balance: Literal["gradmag", "fixed"] = "gradmag"
     """gradmag: each loss's weight over the norm of its gradient in the last layer; fixed: the weights alone."""
     preserve_magnitude: bool = True
@@ -91,6 +100,10 @@ class LossConfig:
                 "unbiased chunks need the values of pairs of tokens: make them with `python convert.py pair-bias` and "
                 "name the file with --losses.pair-bias"
             )
+        if self.representation_blocks < 1:
+            raise InputError(f"--losses.representation-blocks is {self.representation_blocks}: it must be at least 1")
+        if self.representation > 0.0 and not self.guided:
+            raise InputError("--losses.representation compares with a teacher that guides: add --losses.guided")
         if not self.names:
             raise InputError(
                 f"every loss has weight 0: give one of {', '.join(flag(f'losses.{name}') for name in LOSSES)} a weight"
@@ -109,7 +122,7 @@ class LossConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether a loss that is on compares with the teacher."""
-        return any(LOSSES[name].needs_teacher for name in self.names)
+        return self.guided or any(LOSSES[name].needs_teacher for name in self.names)
 
     @property
     def needs_states(self) -> bool:
@@ -130,6 +143,7 @@ class LossConfig:
 SETTINGS_OF = {
     "alm": ("chunks", "pair_bias", "pair_bias_threshold", "debias", "gamma", "divergence", "tau", "alpha"),
     "latents": ("latents_layers", "latents_norm"),
+    "representation": ("representation_blocks",),
 }
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
@@ -216,6 +230,17 @@ LOSSES = {
             student.states, teacher.states, hidden.compared(rows.chunks), config.latents_norm, normalizer
         ),
         needs_states=True,
+    ),
+    "representation": Loss(
+        lambda config, batch, teacher: total(hidden.compared(batch.chunks)),
+        lambda config, rows, student, teacher, count: patches.representation(
+            student.patches.early, teacher.guide.early, hidden.compared(rows.chunks), count
+        ),
+    ),
+    "boundary": Loss(
+        lambda config, batch, teacher: total(batch.student.weight),
+        lambda config, rows, student, teacher, count: patches.boundary(student.patches, rows.student, count),
+        needs_teacher=False,
     ),
 }
 

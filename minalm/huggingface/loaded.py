@@ -27,7 +27,7 @@ class LoadedModel:
     @classmethod
     def of_shapes(cls, model: Transformer | Bolmo) -> "LoadedModel":
         """A model that is not there, to compile for."""
-        mask = VocabularyMask(*(np.zeros(model.config.vocab_size, bool) for _ in range(2)))
+        mask = VocabularyMask(*(np.zeros(model.unembedding.shape[0], bool) for _ in range(2)))
         return cls(model, None, None, mask)
 
     @classmethod

@@ -111,7 +111,7 @@ class GlobalModel(eqx.Module):
         """The first `count` blocks."""
         if count == config.layers:
             return self(g, config, remat)
-        return stacked_blocks(self.blocks, config, g, remat, most=count)[0]
+        return stacked_blocks(self.blocks, config, g, remat, part=slice(count))[0]
 
 
 class BolmoOutput(eqx.Module):
@@ -138,6 +138,10 @@ class Bolmo(eqx.Module):
     norm: Float[Array, " embed"] = param(None)
     unembed: Float[Array, "ids embed"] = param("tp", "fsdp")
     config: BolmoConfig = eqx.field(static=True)
+
+    @property
+    def unembedding(self) -> Float[Array, "ids embed"]:
+        return self.unembed
 
     def encode(
         self,

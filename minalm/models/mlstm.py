@@ -109,7 +109,7 @@ def _chunk(state, inputs):
     since = jnp.where(  # of what position s added, what is left at position t, in logarithms: [..., t, s]
         jnp.tri(size, dtype=bool), faded[..., :, None] - faded[..., None, :] + input_gate[..., None, :], ABSENT
     )
-    stabilizer = jnp.maximum(before, jnp.max(since, axis=-1))
+    stabilizer = jnp.maximum(before, _largest(since))
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, precision=PRECISION) * jnp.exp(since - stabilizer[..., None])
     old = q * jnp.exp(before - stabilizer)[..., None]
     found = jnp.einsum("bhtk,bhkv->bhtv", old, state.memory, precision=PRECISION)
@@ -118,11 +118,18 @@ def _chunk(state, inputs):
     out = found / (jnp.maximum(weight, jnp.exp(-stabilizer)) + EPS)[..., None]
 
     last = since[..., -1, :]
-    stabilizer = jnp.maximum(before[..., -1], jnp.max(last, axis=-1))
+    stabilizer = jnp.maximum(before[..., -1], _largest(last))
     keep, added = jnp.exp(before[..., -1] - stabilizer), k * jnp.exp(last - stabilizer[..., None])[..., None]
     memory = keep[..., None, None] * state.memory + jnp.einsum("bhsk,bhsv->bhkv", added, v, precision=PRECISION)
     normalizer = keep[..., None] * state.normalizer + jnp.sum(added, axis=-2)
     return State(memory, normalizer, stabilizer), out
+
+
+def _largest(x):
+    """The maximum over the last axis. Its gradient goes to the first largest element. That of jnp.max goes to those that
+    are equal to a maximum computed earlier, which after rematerialisation none may be: it would be 0 / 0."""
+    at = jnp.arange(x.shape[-1]) == jnp.argmax(x, axis=-1, keepdims=True)
+    return jnp.sum(jnp.where(at, x, 0.0), axis=-1)
 
 
 class MLSTM(eqx.Module):

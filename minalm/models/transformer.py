@@ -228,11 +228,11 @@ def stacked_blocks(
     x: Float[Array, "batch time embed"],
     remat: Remat = "none",
     states_at: Int[Array, "batch chunk"] | None = None,
-    most: int | None = None,
+    part: slice = slice(None),
     segments: Int[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, "batch time embed"], Float[Array, "batch depth chunk embed"] | None]:
-    """All blocks but the last, or the first `most` of them: their output, and the states at `states_at` (of x too).
-    With `segments`, each is a sequence of its own."""
+    """All blocks but the last, or a part of them: their output, and the states at `states_at` (of x too). With
+    `segments`, each is a sequence of its own."""
     rotation = rotary_tables(config, x.shape[1], x.dtype, segments)
     settings, _ = config.layer_settings()
 
@@ -242,8 +242,8 @@ def stacked_blocks(
         return x, pick(x, states_at)
 
     first, layers_read = pick(x, states_at), (blocks, settings)
-    if most is not None:
-        layers_read = jax.tree.map(lambda leaf: leaf[:most], layers_read)
+    if part != slice(None):
+        layers_read = jax.tree.map(lambda leaf: leaf[part], layers_read)
     x, states = jax.lax.scan(checkpointed(body, remat), x, layers_read)
     if states is not None:
         states = jnp.moveaxis(jnp.concatenate([first[None], states]), 0, 1)

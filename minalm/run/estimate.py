@@ -24,7 +24,8 @@ from jaxtyping import PyTree
 
 from minalm.distill.losses import LossConfig
 from minalm.errors import InputError
-from minalm.models.config import ModelConfig
+from minalm.models.bolmo import Bolmo
+from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import ROWS, shardings
 from minalm.run.setup import DataConfig, Models
@@ -130,10 +131,29 @@ def forward_flops(config: ModelConfig, batch: int, time: int) -> float:
     A product of [m, k] and [k, n] is 2 m k n. Attention counts the pairs of query and key that see each other: about
     half of time x time, or less under a window.
     """
+    return block_flops(config, batch, time, config.layers) + 2.0 * batch * time * config.vocab_size * config.embed
+
+
+def block_flops(config: ModelConfig, batch: int, time: int, layers: int) -> float:
+    """FLOPs of the matrix products of the first `layers` blocks."""
     heads = config.embed * config.head_dim * (2 * config.heads + 2 * config.kv_heads)  # q, o and k, v
-    weights = config.layers * (heads + 3 * config.embed * config.mlp) + config.vocab_size * config.embed
-    pairs = sum(_pairs(time, window) for window in config.windows)
+    weights = layers * (heads + 3 * config.embed * config.mlp)
+    pairs = sum(_pairs(time, window) for window in config.windows[:layers])
     return 2.0 * batch * time * weights + 4.0 * batch * config.heads * config.head_dim * pairs
+
+
+def byte_flops(config: BolmoConfig, batch: int, time: int) -> dict[str, float]:
+    """FLOPs of the matrix products of one forward pass over [batch, time] bytes by what reads every byte of a Bolmo:
+    its cells (what their recurrence needs), the rest of its byte blocks, and all around them."""
+    blocks = config.encoder_layers + config.decoder_layers
+    maps = 5 * config.embed**2 + 2 * config.embed * config.heads + 3 * config.embed * config.mlp
+    around = 3 * config.embed**2 + 2 * config.vocab_size * config.embed  # predictor, depool; head
+    each = {
+        "cells": 2 * blocks * config.heads * config.key_dim * config.value_dim,
+        "byte blocks": blocks * maps,
+        "predictor, projection, head": around,
+    }
+    return {name: 2.0 * batch * time * weights for name, weights in each.items()}
 
 
 def _pairs(time: int, window: int | None) -> int:
@@ -178,7 +198,21 @@ def run_flops(data: DataConfig, models: Models, losses: LossConfig) -> float:
     """`model_flops` of a run's step."""
     teacher = models.teacher.model.config if losses.needs_teacher else None
     student = models.student.model.config
+    if isinstance(student, BolmoConfig):
+        return bolmo_flops(data, student, teacher, losses)
     return model_flops(student, teacher, data.batch_size, data.student_length, data.teacher_length)
+
+
+def bolmo_flops(data: DataConfig, student: BolmoConfig, teacher: ModelConfig | None, losses: LossConfig) -> float:
+    """`model_flops` of a step of a Bolmo. In stage 1 the first blocks of the teacher in its middle are frozen: their
+    backward pass has the product for the inputs alone."""
+    rows, patches = data.batch_size, min(data.student_length, data.teacher_length)
+    total = 3.0 * sum(byte_flops(student, rows, data.student_length).values())
+    total += 3.0 * 2.0 * rows * patches * student.embed**2  # pool
+    if teacher is None:
+        return total + 3.0 * block_flops(student.blocks, rows, patches, student.blocks.layers)
+    total += 2.0 * block_flops(student.blocks, rows, patches, losses.representation_blocks)
+    return total + forward_flops(teacher, rows, data.teacher_length)
 
 
 def product_flops(jaxpr: jax.extend.core.Jaxpr, platform: str) -> float:
@@ -231,10 +265,11 @@ def batch_shapes(data: DataConfig, models: Models, mesh: Mesh, unbiased: bool = 
     def rows(*length: int, dtype: Any = np.int32) -> np.ndarray:
         return np.zeros((data.batch_size, *length), dtype)
 
-    def tokens(model: Transformer, length: int) -> Tokens:
+    def tokens(model: Transformer | Bolmo, length: int) -> Tokens:
         suffix = None if model.expansion is None else rows(length)
+        ends = rows(chunks) if isinstance(model, Bolmo) else None
         segments = rows(length) if data.packing else None
-        return Tokens(rows(length), rows(length), rows(length, dtype=np.float32), suffix, segments=segments)
+        return Tokens(rows(length), rows(length), rows(length, dtype=np.float32), suffix, ends, segments=segments)
 
     student, teacher = data.student_length, data.student_length if models.teacher is None else data.teacher_length
     chunks = min(student, teacher)

@@ -14,9 +14,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from minalm.errors import InputError, check_at_least, flag
+from minalm.models.bolmo import Bolmo
 from minalm.parallel.mesh import shardings, specs
 
-LOWEST = {"steps": 1, "learning_rate": 0.0, "warmup_steps": 0, "beta1": 0.0, "beta2": 0.0, "weight_decay": 0.0}
+LOWEST = {
+    "steps": 1,
+    "learning_rate": 0.0,
+    "block_learning_rate": 0.0,
+    "warmup_steps": 0,
+    "beta1": 0.0,
+    "beta2": 0.0,
+    "weight_decay": 0.0,
+}
 MOST_STEPS = 2**31 - 1  # that the state's int32 counts
 
 
@@ -44,7 +53,9 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     decay_all: bool = False
-    """Weight decay on norms and biases too."""
+    """Weight decay on norms and biases too, and on a Bolmo's tables of embeddings."""
+    block_learning_rate: float | None = None
+    """Bolmo students: peak learning rate of the teacher's layers in the middle. Default: that of all else."""
     clip_norm: float | None = None
     """Largest norm of the gradient; a longer one is scaled down to it."""
 
@@ -68,6 +79,8 @@ class OptimizerConfig:
             raise InputError(f"--decay-share is {self.decay_share}: it must be above 0 and at most 1")
         if self.schedule != "wsd" and self.decay_share != OptimizerConfig.decay_share:
             raise InputError("--decay-share is for --schedule wsd: leave it out")
+        if self.block_learning_rate is not None and self.learning_rate == 0.0:
+            raise InputError("--block-learning-rate is a multiple of --learning-rate, which is 0: give both")
 
 
 SINGLE = numpy.finfo(numpy.float32)
@@ -93,9 +106,11 @@ def learning_rate(config: OptimizerConfig, done: Any, np: ModuleType = numpy) ->
 
 
 def decays(student: PyTree) -> PyTree:
-    """True in the place of each parameter that weight decay pulls to 0: of all but norms and biases, by their names."""
+    """True in the place of each parameter that weight decay pulls to 0: of all but norms and biases, by their names, and
+    but what a Bolmo looks up."""
+    kept = ("norm", "bias", *(("embed", "expansion") if isinstance(student, Bolmo) else ()))
     return jax.tree.map_with_path(
-        lambda path, _: not jax.tree_util.keystr(path[-1:], simple=True).endswith(("norm", "bias")), student
+        lambda path, _: not jax.tree_util.keystr(path[-1:], simple=True).endswith(kept), student
     )
 
 
@@ -109,7 +124,22 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=None if config.decay_all or config.weight_decay == 0.0 else decays,
     )
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    parts = [adamw]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.block_learning_rate is not None:
+        parts.append(blocks_scaled(config.block_learning_rate / config.learning_rate))
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def blocks_scaled(factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of a Bolmo's `patches`. AdamW's updates are proportional to the learning rate, so that this
+    is another learning rate there."""
+
+    def scaled(path, update):
+        return factor * update if path[0].name == "patches" else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, student: PyTree, mesh: Mesh) -> PyTree:

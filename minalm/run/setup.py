@@ -1,6 +1,7 @@
 """What a run reads: the models that it begins with, and its text."""
 
 import dataclasses
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,17 +15,29 @@ import tyro
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from minalm.batches import Packer, Side, make_batch, sizes_of, steps_of_group, why_left_out
+from minalm.batches import (
+    Packer,
+    Side,
+    make_batch,
+    sizes_of,
+    steps_of_group,
+    why_left_out,
+    with_longer_patches,
+)
 from minalm.distill.losses import LOSSES, LossConfig
 from minalm.errors import InputError, check_at_least, flag
 from minalm.huggingface import weights
 from minalm.huggingface.configs import known_config
 from minalm.huggingface.folder import GenerationConfig, read_generation_config, write_start
 from minalm.huggingface.loaded import LoadedModel
-from minalm.models.config import ModelConfig
+from minalm.models.bolmo import Bolmo
+from minalm.models.bolmo_student import SAMPLE as POOL_SAMPLE
+from minalm.models.bolmo_student import bolmo_from_teacher
+from minalm.models.config import BolmoConfig, ModelConfig
+from minalm.models.kinds import abstract
 from minalm.models.mapped import random_maps
 from minalm.models.student import pad_rows, student_from_teacher
-from minalm.models.transformer import Transformer, abstract, initialize
+from minalm.models.transformer import Transformer, initialize
 from minalm.packing import packed_counts
 from minalm.parallel.mesh import local_rows
 from minalm.run.fingerprint import model_fingerprint
@@ -34,17 +47,29 @@ from minalm.text.rows import RowReader
 from minalm.text.sources import parse_source, shares
 from minalm.text.stdlib import stdlib_documents
 from minalm.tokenization.chats import ChatReader
+from minalm.tokenization.compression import Compression, ratio_at
 from minalm.tokenization.pair_bias import UnbiasedEnds, read_pair_bias
 from minalm.tokenization.prefixes import Prefixes, find_prefixes, typical_prefixes
-from minalm.tokenization.suffixes import LongestSuffix, longest_suffix
+from minalm.tokenization.suffixes import LongestSuffix, bolmo_suffixes, longest_suffix
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
 from minalm.tokenization.transfer import plan_transfer
-from minalm.tokenization.vocabulary import Vocabulary, byte_vocabulary, with_special_tokens
+from minalm.tokenization.vocabulary import (
+    BOLMO_SPECIAL,
+    Vocabulary,
+    bolmo_vocabulary,
+    byte_vocabulary,
+    with_special_tokens,
+)
 from minalm.types import Batch
 
 BATCHES = 100  # in which something must count
 SAMPLE = 10  # batches in which the ends of chunks are looked at
 PACKED_SAMPLE = 1024  # pieces by which it is known how many fit a step
+WITHOUT_STAGE_1 = (
+    "this Bolmo is new and learns without the guidance of its teacher: stage 1 (--losses.guided) usually comes first, and "
+    "--student names what came of it"
+)
+MOST_LOST = 0.01  # of a text, for which a Bolmo's rows have no place
 ROW_MULTIPLE = 64  # a new vocabulary's tables are padded to it, so that a mesh can divide them
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -72,6 +97,18 @@ class StudentConfig:
     there."""
     train_expansion: bool = False
     """Train the expansion table too. By default it stays as the teacher's embedding table is."""
+    kind: Literal["transformer", "bolmo"] = "transformer"
+    """A new student is its teacher with other tables; or a Bolmo: a byte encoder and decoder around its layers."""
+    train_blocks: bool = True
+    """Bolmo students: train the teacher's layers in their middle too (stage 2)."""
+    local_heads: int = 16
+    """New Bolmo students: heads of the mLSTM layers of encoder and decoder."""
+    local_mlp: int | None = None
+    """New Bolmo students: hidden units of a byte block. Default: 11/8 of the width."""
+    encoder_layers: int = 1
+    """New Bolmo students: byte blocks before the teacher's layers."""
+    decoder_layers: int = 4
+    """New Bolmo students: byte blocks after them."""
     # Of a student that has not its teacher's shape, with random weights.
     architecture: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
 
@@ -98,6 +135,19 @@ class StudentConfig:
                 raise InputError("there is no model to start from: name a Hugging Face folder with --teacher")
             if self.student_tokenizer == "bytes" and self.student is None:
                 raise InputError("without a teacher there is no tokenizer: name one with --student-tokenizer")
+        check_at_least(self, {"local_heads": 1, "local_mlp": 1, "encoder_layers": 1, "decoder_layers": 2})
+        if self.kind == "bolmo":
+            for name in NOT_OF_A_BOLMO:
+                if getattr(self, name) != getattr(StudentConfig, name):
+                    given = "--no-expansion" if name == "expansion" else flag(name)
+                    raise InputError(f"{given} is not for --kind bolmo, which reads bytes in its own way: leave it out")
+            if self.teacher is None:
+                raise InputError("--kind bolmo is made around a subword model: name one with --teacher")
+        elif self.student is None:
+            for name in (*OF_A_NEW_BOLMO, "train_blocks"):
+                if getattr(self, name) != getattr(StudentConfig, name):
+                    given = "--no-train-blocks" if name == "train_blocks" else flag(name)
+                    raise InputError(f"{given} is for Bolmo students: add --kind bolmo, or leave it out")
         if self.student is not None:
             for name in OF_A_NEW_STUDENT:
                 if getattr(self, name) != getattr(StudentConfig, name):  # the default
@@ -111,7 +161,17 @@ class StudentConfig:
                     )
 
 
-OF_A_NEW_STUDENT = ("student_tokenizer", "special_tokens", "tied", "student_weights", "expansion")
+OF_A_NEW_BOLMO = ("local_heads", "local_mlp", "encoder_layers", "decoder_layers")
+NOT_OF_A_BOLMO = ("student_tokenizer", "special_tokens", "tied", "student_weights", "expansion", "architecture")
+OF_A_NEW_STUDENT = (
+    "student_tokenizer",
+    "special_tokens",
+    "tied",
+    "student_weights",
+    "expansion",
+    "kind",
+    *OF_A_NEW_BOLMO,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +180,14 @@ class Models:
 
     student: LoadedModel
     teacher: LoadedModel | None
-    trained: Transformer  # the student as bools: which parameters are trained
+    trained: Transformer | Bolmo  # the student as bools: which parameters are trained
     generation_config: GenerationConfig
     prefixes: Prefixes | None = None  # of the teacher, if its next byte is asked for
     unbiased: UnbiasedEnds | None = None  # of the teacher's and the student's tokens, if chunks are `unbiased`
     # From the student's hidden states to the teacher's, if they are compared and the widths differ; trained, not exported.
     maps: Float32[np.ndarray, "depth embed teacher_embed"] | None = None
+    teacher_runs: bool = True  # False: its tokenizer alone is used
+    notes: tuple[str, ...] = ()  # what a user should know of them, a sentence each
 
     def write_student(self, folder: Path) -> None:
         """What of the student training does not change, as a folder."""
@@ -145,11 +207,14 @@ def load_models(config: StudentConfig, student_length: int, seed: int) -> Models
     if config.student is not None:
         student = LoadedModel.read(config.student)
         model, vocabulary, suffixes = student.model, student.vocabulary, student.suffixes
-        model = pad_rows(model, padded_rows(vocabulary))
+        if not isinstance(model, Bolmo):
+            model = pad_rows(model, padded_rows(vocabulary))
     else:
         vocabulary, suffixes = new_vocabulary(config, teacher)
-        model = new_student(config, teacher, vocabulary, suffixes is not None, seed)
-    if model.config.layers < 2:
+        model = new_student(config, teacher, vocabulary, suffixes, seed)
+    if isinstance(model, Bolmo):
+        teacher = teacher_of_bolmo(teacher, model)
+    if (model.config.blocks if isinstance(model, Bolmo) else model.config).layers < 2:
         raise InputError(f"{config.student or config.teacher} has one layer: use a model of at least two")
     tokenizer_json(vocabulary)  # raises if the student's tokenizer could not be saved at the end
     length = max(generation_config.max_length or 0, student_length)  # a teacher's tokens are longer than bytes
@@ -158,15 +223,58 @@ def load_models(config: StudentConfig, student_length: int, seed: int) -> Models
         teacher=teacher,
         trained=trained_parameters(config, model),
         generation_config=dataclasses.replace(generation_config, max_length=length),
+        notes=(WITHOUT_STAGE_1,) if config.kind == "bolmo" else (),
     )
 
 
-def trained_parameters(config: StudentConfig, student: Transformer) -> Transformer:
+def teacher_of_bolmo(teacher: LoadedModel | None, student: Bolmo) -> LoadedModel:
+    """The teacher with something in front of a text, as a Bolmo has it: bos, or what ends a document.
+
+    Raises InputError if there is no teacher, whose tokenizer says where patches end, or if it does not fit.
+    """
+    if teacher is None:
+        raise InputError("a Bolmo learns where the tokens of its subword model end: name that model with --teacher")
+    theirs, ours = teacher.model.config, student.config.blocks
+    if (theirs.embed, theirs.layers) != (ours.embed, ours.layers):
+        raise InputError(
+            f"the teacher has {theirs.layers} layers of width {theirs.embed}, the Bolmo's own in its middle are "
+            f"{ours.layers} of width {ours.embed}: name the subword model that it was made of with --teacher"
+        )
+    names = teacher.vocabulary.names
+    if "bos_token" in names:
+        return teacher
+    if "eos_token" not in names:
+        raise InputError("the teacher has neither bos nor eos, one of which stands before a text: use another")
+    names = {**names, "bos_token": names["eos_token"]}
+    return dataclasses.replace(teacher, vocabulary=dataclasses.replace(teacher.vocabulary, names=names))
+
+
+def trained_parameters(config: StudentConfig, student: Transformer | Bolmo) -> Transformer | Bolmo:
     """The student with True in the place of each parameter that is trained, False of each that stays as it is."""
     trained = jax.tree.map(lambda _: True, student)
     if student.expansion is not None and not config.train_expansion:
         trained = eqx.tree_at(lambda model: model.expansion, trained, False)
+    if isinstance(student, Bolmo) and not config.train_blocks:
+        trained = eqx.tree_at(lambda model: model.patches, trained, jax.tree.map(lambda _: False, student.patches))
     return trained
+
+
+def bolmo_config(config: StudentConfig, teacher: ModelConfig) -> BolmoConfig:
+    """The architecture of a new Bolmo around this teacher. Raises InputError for heads that do not divide its width."""
+    if teacher.embed % (2 * config.local_heads):
+        raise InputError(
+            f"--local-heads {config.local_heads} does not divide half of the teacher's width of {teacher.embed}: "
+            "choose a number that does"
+        )
+    return BolmoConfig(
+        vocab_size=256 + len(BOLMO_SPECIAL),
+        expansion_size=teacher.vocab_size,
+        blocks=teacher,
+        heads=config.local_heads,
+        mlp=teacher.embed * 11 // 8 if config.local_mlp is None else config.local_mlp,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+    )
 
 
 def model_shapes(config: StudentConfig, student_length: int, seed: int) -> Models:
@@ -182,12 +290,15 @@ def model_shapes(config: StudentConfig, student_length: int, seed: int) -> Model
             f"--compile-only fetches nothing, and without {config.teacher} the shapes of this run are not known: "
             "name the folder of the teacher"
         )
-    student = dataclasses.replace(
-        teacher,
-        vocab_size=256 + ROW_MULTIPLE,  # bytes, and up to that many special tokens
-        tied=False,
-        expansion_size=teacher.vocab_size if config.expansion else None,
-    )
+    if config.kind == "bolmo":
+        student = bolmo_config(config, teacher)
+    else:
+        student = dataclasses.replace(
+            teacher,
+            vocab_size=256 + ROW_MULTIPLE,  # bytes, and up to that many special tokens
+            tied=False,
+            expansion_size=teacher.vocab_size if config.expansion else None,
+        )
     student, teacher = (LoadedModel.of_shapes(abstract(shape)) for shape in (student, teacher))
     return Models(student, teacher, trained_parameters(config, student.model), GenerationConfig())
 
@@ -199,6 +310,9 @@ def padded_rows(vocabulary: Vocabulary) -> int:
 
 def new_vocabulary(config: StudentConfig, teacher: LoadedModel | None) -> tuple[Vocabulary, LongestSuffix | None]:
     """What a new student reads, and the search of its input expansion. Raises InputError."""
+    if config.kind == "bolmo":
+        vocabulary = bolmo_vocabulary(teacher.vocabulary)
+        return vocabulary, bolmo_suffixes(teacher.vocabulary, vocabulary)
     if config.student_tokenizer == "bytes":
         vocabulary = byte_vocabulary(teacher.vocabulary)
         return vocabulary, longest_suffix(teacher.vocabulary, vocabulary) if config.expansion else None
@@ -209,11 +323,20 @@ def new_vocabulary(config: StudentConfig, teacher: LoadedModel | None) -> tuple[
 
 
 def new_student(
-    config: StudentConfig, teacher: LoadedModel | None, vocabulary: Vocabulary, expansion: bool, seed: int
-) -> Transformer:
-    """The teacher on another vocabulary, or a model of random weights."""
+    config: StudentConfig,
+    teacher: LoadedModel | None,
+    vocabulary: Vocabulary,
+    suffixes: LongestSuffix | None,
+    seed: int,
+) -> Transformer | Bolmo:
+    """The teacher on another vocabulary, a Bolmo around it, or a model of random weights."""
+    expansion = suffixes is not None
     if teacher is None:
         return initialize(config.architecture, jax.random.key(seed))
+    if config.kind == "bolmo":
+        sample = np.random.default_rng(seed).integers(0, 256, POOL_SAMPLE, np.int32)
+        shape = bolmo_config(config, teacher.model.config)
+        return bolmo_from_teacher(teacher.model, shape, sample, suffixes(sample), seed)
     if config.architecture is not None:
         original = teacher.model.config.vocab_size if expansion else None
         rows = padded_rows(vocabulary)
@@ -234,7 +357,7 @@ def with_prefixes(models: Models, losses: LossConfig) -> Models:
     """
     student, teacher = models.student, models.teacher
     in_bytes = student.vocabulary is not None and student.vocabulary.tokenizer is None
-    if teacher is None or not (losses.needs_bytes or in_bytes):
+    if teacher is None or isinstance(student.model, Bolmo) or not (losses.needs_bytes or in_bytes):
         return models
     rows = teacher.model.config.vocab_size, student.model.config.vocab_size
     if teacher.vocabulary is None:
@@ -274,8 +397,41 @@ def with_maps(models: Models, losses: LossConfig, seed: int) -> Models:
 
 
 def for_losses(models: Models, losses: LossConfig, seed: int) -> Models:
-    """The models with all that the losses read beside them. Raises InputError."""
+    """The models with all that the losses read beside them. Raises InputError for losses that are not for this kind of
+    student."""
+    if isinstance(models.student.model, Bolmo):
+        return of_bolmo(models, losses)
+    for name in ("representation", "boundary", "guided"):
+        if getattr(losses, name):
+            raise InputError(f"{flag('losses.' + name)} is for Bolmo students: add --kind bolmo, or leave it out")
     return with_maps(with_unbiased_ends(with_prefixes(models, losses), losses), losses, seed)
+
+
+def of_bolmo(models: Models, losses: LossConfig) -> Models:
+    """The models of a run that trains a Bolmo. Raises InputError for losses that it does not have."""
+    for name in ("latents", "next_byte"):
+        if getattr(losses, name) > 0.0:
+            raise InputError(
+                f"{flag('losses.' + name)} is not for a Bolmo, which has no states of tokens and no plain bytes: leave it out"
+            )
+    if losses.balance != "fixed":
+        raise InputError(
+            "gradmag weighs by gradients of the last layer, which a Bolmo's boundaries have none of: "
+            "add --losses.balance fixed"
+        )
+    if losses.alm > 0.0 and not losses.guided:
+        raise InputError(
+            "alm compares a Bolmo's patches with the teacher's tokens, which only --losses.guided makes the same: add it, "
+            "or --losses.alm 0"
+        )
+    layers = models.student.model.config.blocks.layers
+    if losses.representation_blocks > layers:
+        raise InputError(
+            f"--losses.representation-blocks is {losses.representation_blocks}, but the teacher has {layers} layers: "
+            "give at most that"
+        )
+    notes = () if losses.guided else models.notes
+    return dataclasses.replace(models, teacher_runs=losses.needs_teacher, notes=notes)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -313,6 +469,13 @@ class DataConfig:
     """Rows of a step, over all devices."""
     packing: bool = False
     """Several pieces in a row, each read as it would be alone. Held-out text is not packed."""
+    compression: Compression = "none"
+    """Bolmo students, stage 2: which ends of the teacher's tokens are left out of what the boundaries learn. space: those
+    that no space follows, by chance; bpe: those within the pairs of tokens that a row repeats most."""
+    bytes_per_patch: tuple[float, float] = (4.3, 4.3)
+    """With --compression: at the start, and after --compression-steps."""
+    compression_steps: int = 150_000
+    """Steps over which the bytes per patch grow."""
 
     @property
     def inputs(self) -> list[Path]:
@@ -329,6 +492,15 @@ class DataConfig:
         """Raises InputError for values that make no sense."""
         # A row of one token has nothing to predict.
         check_at_least(self, {"batch_size": 1, "student_length": 2, "teacher_length": 2})
+        check_at_least(self, {"compression_steps": 1})
+        if not 1.0 <= self.bytes_per_patch[0] <= self.bytes_per_patch[1] < math.inf:
+            raise InputError(
+                f"--bytes-per-patch is {self.bytes_per_patch[0]} {self.bytes_per_patch[1]}: give two numbers of at least 1, "
+                "the second not below the first"
+            )
+        for name in ("bytes_per_patch", "compression_steps"):
+            if self.compression == "none" and getattr(self, name) != getattr(DataConfig, name):
+                raise InputError(f"{flag(name)} is for --compression: add that, or leave it out")
         if not 0.0 < self.stdlib_fraction <= 1.0:
             raise InputError(f"--stdlib-fraction is {self.stdlib_fraction}: it must be above 0 and at most 1")
         if needs_text and not self.data and not self.stdlib:
@@ -359,12 +531,17 @@ class Texts:
 
     def batch(self, step: int) -> Batch:
         """What the update after `step` others learns from."""
-        rows = self.config.batch_size
-        if self.packer is None:
-            without = dataclasses.replace(self, teacher=self.teacher and self.teacher._replace(prefixes=None))
-            return (self if self.needs_bytes else without).rows(self.training.batch(self.seed, step, rows))
-        own = local_rows(self.mesh, rows)
-        return jax.tree.map(lambda leaf: leaf[own], self.packer(step))
+        config = self.config
+        rows = config.batch_size
+        if self.packer is not None:
+            own = local_rows(self.mesh, rows)
+            return jax.tree.map(lambda leaf: leaf[own], self.packer(step))
+        without = dataclasses.replace(self, teacher=self.teacher and self.teacher._replace(prefixes=None))
+        batch = (self if self.needs_bytes else without).rows(self.training.batch(self.seed, step, rows))
+        if config.compression == "none":
+            return batch
+        ratio = ratio_at(*config.bytes_per_patch, config.compression_steps, step)
+        return with_longer_patches(batch, config.compression, ratio, self.seed, step)
 
     def first_chat(self) -> Piece | None:
         """The first piece of training text that is of a chat, if there is one among the first thousand."""
@@ -395,6 +572,10 @@ def load_texts(
     """
     check_packing(config, models)
     student, teacher = models.student, models.teacher
+    if config.compression != "none" and (not isinstance(student.model, Bolmo) or models.teacher_runs):
+        raise InputError(
+            "--compression is for stage 2 of a Bolmo, without a loss that compares with the teacher: leave it out"
+        )
     vocabularies = student.vocabulary, (teacher or student).vocabulary
     read_chat = ChatReader(*vocabularies, config.mask_prompt, date)
     training = read_texts(config, "training", read_chat, say)
@@ -417,18 +598,20 @@ def load_texts(
         training=training,
         held_out=held_out,
         notes=notes,
-        student=Side(student.vocabulary, student.suffixes, config.student_length),
+        student=Side(
+            student.vocabulary, student.suffixes, config.student_length, patches=isinstance(student.model, Bolmo)
+        ),
         teacher=teacher
         and Side(teacher.vocabulary, teacher.suffixes, config.teacher_length, models.prefixes, models.unbiased),
         seed=seed,
         mesh=mesh,
         needs_bytes=losses.needs_bytes,
     )
-    notes += check_targets(texts, losses)
+    notes += [*models.notes, *check_targets(texts, losses)]
     if config.packing:
         packer, note = packed_batches(texts)
         texts, notes = dataclasses.replace(texts, packer=packer), [*notes, note]
-    return dataclasses.replace(texts, notes=[*notes, *unbiased_share(texts)])
+    return dataclasses.replace(texts, notes=[*notes, *unbiased_share(texts), *check_patches(texts)])
 
 
 def check_packing(config: DataConfig, models: Models) -> None:
@@ -508,9 +691,36 @@ def counts_in(loss: str, batch: Batch) -> bool:
         return bool((chunks.teacher_chunk >= 0).any())
     if loss == "next_byte":
         return bool((batch.bytes.within >= 0).any() or (batch.bytes.after >= 0).any())
-    if loss == "latents":
+    if loss in ("latents", "representation"):
         return bool(((chunks.student_chunk_end >= 0) & (chunks.teacher_chunk_end >= 0)).any())
     return bool(batch.student.weight.any())
+
+
+def check_patches(texts: Texts) -> list[str]:
+    """How much of the first batches' text a Bolmo's rows have no place for, if any.
+
+    Raises InputError if that is more than MOST_LOST of it. Of several processes each looks at its own rows.
+    """
+    if not texts.student.patches:
+        return []
+    rows, whole, read = texts.config.batch_size, 0, 0
+    for step in range(min(SAMPLE, -(-len(texts.training) // rows))):
+        pieces = texts.training.batch(texts.seed, step, rows)
+        pieces = [pieces[row] for row in local_rows(texts.mesh, rows)]
+        batch = make_batch(pieces, texts.student, texts.teacher)
+        used = [piece for piece, left_out in zip(pieces, batch.left_out, strict=True) if not left_out]
+        whole += sum(len(part.content.encode()) for piece in used for part in piece if isinstance(part.content, str))
+        read += int(batch.chunks.text_bytes.sum())
+    lost = 1.0 - read / max(whole, 1)
+    if lost <= 0.0:
+        return []
+    says = (
+        f"{lost:.2%} of the text in the first batches has no place in rows of --student-length "
+        f"{texts.config.student_length} bytes and --teacher-length {texts.config.teacher_length} patches"
+    )
+    if lost > MOST_LOST:
+        raise InputError(f"{says}: raise what is too small, or lower --piece-bytes")
+    return [says]
 
 
 def unbiased_share(texts: Texts) -> list[str]:

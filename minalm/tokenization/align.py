@@ -75,6 +75,19 @@ def align(student: Encoding, teacher: Encoding) -> Alignment:
     return Alignment(number[student_chunk], number[teacher_chunk], student_chunk_end[counts], teacher_chunk_end[counts])
 
 
+def joined(alignment: Alignment, kept: Bool[np.ndarray, " chunk"]) -> Alignment:
+    """The alignment without the ends that are not kept: those chunks become one with the next. The last is kept."""
+    number = np.append(np.cumsum(kept, dtype=np.int32) - kept, -1).astype(
+        np.int32
+    )  # the last place is that of no chunk
+    return Alignment(
+        number[alignment.student_chunk],
+        number[alignment.teacher_chunk],
+        alignment.student_chunk_end[kept],
+        alignment.teacher_chunk_end[kept],
+    )
+
+
 def _places(side: Encoding, kept: Bool[np.ndarray, " time"], size: int) -> Bool[np.ndarray, " axis"]:
     """Where on the axis of `Encoding.ends` a kept token ends. The last place, which is that of -1, is False."""
     places = np.zeros(size, bool)
