@@ -37,6 +37,7 @@ from minalm.huggingface.families import DTYPES
 from minalm.huggingface.folder import copy, read_generation_config, save
 from minalm.huggingface.loaded import LoadedModel, model_folder
 from minalm.huggingface.weights import find
+from minalm.models.bolmo import Bolmo
 from minalm.models.config import ModelConfig
 from minalm.models.kinds import parameter_counts
 from minalm.models.student import student_from_teacher
@@ -94,6 +95,10 @@ def write(config: StudentConfig, out: Path, dtype: Dtype, seed: int) -> None:
     refuse_existing(out)
     folder = find(config.teacher)
     teacher = LoadedModel.read(folder)
+    if isinstance(teacher.model, Bolmo):
+        raise InputError(
+            f"{config.teacher} is a Bolmo, which reads bytes with its own parts: put a subword model on others"
+        )
     vocabulary, suffixes = new_vocabulary(config, teacher)
     generation_config = read_generation_config(folder)
     tied = teacher.model.config.tied if config.tied is None else config.tied

@@ -39,7 +39,7 @@ def ours(ids):
     return np.array([(i - 4 if i % 260 >= 4 else i + 256) for i in ids])
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize("trunk", ["olmo3", "llama", pytest.param("olmo2", marks=pytest.mark.slow)])
 def test_read_and_written_again(tmp_path, trunk):
     config, tensors = write(tmp_path / "published", TRUNKS[trunk])
     folders.copy(tmp_path / "published", tmp_path / "ours", weights.read(tmp_path / "published"), "float32")
@@ -80,6 +80,7 @@ def test_a_run_starts_from_its_folder(tmp_path):
         assert np.array_equal(array[:], leaves(model)[leaf]), leaf
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_plain_numpy(tmp_path):
     config, tensors = write(tmp_path / "published", TRUNKS["olmo3"])
     loaded = LoadedModel.read(tmp_path / "published")
@@ -193,6 +194,7 @@ def test_a_subword_tokenizer_beside_the_folder(tmp_path):
     assert values["tokenizer_config"]["original_identifier"] == str(teacher)
 
 
+@pytest.mark.slow
 def test_tokenizer_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     write(tmp_path / "published", TRUNKS["olmo3"])

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 import convert
+from minalm.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "quickstart_teacher"
@@ -145,6 +146,14 @@ def test_what_is_refused(folders, tmp_path, monkeypatch):
     safetensors.numpy.save_file(tensors, tmp_path / "shallow" / "model.safetensors", {"format": "pt"})
     said = refused(folders / "bolmo", out, *given(folders, tmp_path / "shallow"))
     assert "differs in shape" in said and "all three models must have the same blocks" in said
+
+
+def test_a_bolmo_is_no_start_and_can_be_looked_at(folders, tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match="is a Bolmo, which reads bytes with its own parts"):
+        convert.to_bytes(folders / "bolmo", tmp_path / "out")
+    convert.inspect(folders / "bolmo")
+    said = capsys.readouterr().out
+    assert "BolmoConfig" not in said and "decoder_layers        1" in said and "260 ids, bytes" in said
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ Encoder and decoder are mLSTM blocks (mlstm.py). The methods run inside `shard_m
 keeps. In stage 1 a `Guide` stands for the boundaries and for G; else the model is whole.
 """
 
+import functools
 import math
 
 import equinox as eqx
@@ -342,6 +343,7 @@ def initialize(config: BolmoConfig, key: PRNGKeyArray, patches: GlobalModel | No
     )
 
 
+@functools.cache
 def abstract(config: BolmoConfig) -> Bolmo:
     """A Bolmo of shapes."""
     return eqx.filter_eval_shape(initialize, config, jax.random.key(0))

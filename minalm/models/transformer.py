@@ -5,6 +5,7 @@ Modules hold parameters in slices and declare each one's shape and layout on its
 (distill/gradmag.py) differentiates it alone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -379,6 +380,7 @@ def filled(shapes: Any, arrays: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[leaf] for leaf in wanted])
 
 
+@functools.cache
 def abstract(config: ModelConfig) -> Transformer:
     """A Transformer of shapes."""
     return eqx.filter_eval_shape(initialize, config, jax.random.key(0))
