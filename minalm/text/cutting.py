@@ -88,10 +88,10 @@ def _units(parts: Parts) -> list[int]:
 def stops(parts: Parts, limit: int) -> Iterator[int]:
     """The unit after the last of each piece of a document, of at most `limit` bytes with its first segment."""
     units, room = _units(parts), limit - SPECIAL_BYTES
-    part, place = 0, 0
-    if sum(_cost(part) if isinstance(part, Special | Markup) else len(part) for part in parts) <= room:
+    if units[-1] + sum(_cost(part) - 1 for part in parts if isinstance(part, Special | Markup)) <= room:
         yield units[-1]
         return
+    part, place = 0, 0
     while (stop := _stop(parts, part, place, room)) is not None:
         part, place = stop
         yield units[part] + place

@@ -86,7 +86,7 @@ class RowReader(NamedTuple):
             if row.get(self.text_column) is None:
                 raise InputError(f"there is no `{self.text_column}`: name another --text-column, or write one")
             return _text_document(checked_text(row[self.text_column], self.text_column))
-        found = [form for form in FORMS if all(row.get(name) is not None for name in form)]
+        found = [form for form in FORMS if row.get(form[0]) is not None and row.get(form[-1]) is not None]
         if len(found) != 1:
             which = f"{' and '.join(f'`{form[0]}`' for form in found)}, of which one is wanted" if found else "none"
             raise InputError(f"it has of {KNOWN} {which}: write exactly one, or name the text with --text-column")
