@@ -93,7 +93,7 @@ class Corpus:
     `text_corpus`."""
 
     sources: tuple[Files | InMemory, ...]
-    fingerprint: str  # a hash of the contents of all files, in order, and of the shares
+    fingerprint: str  # a hash of the contents of all files, in order, of the shares, and of how much was left out
     has_chats: bool
     notes: tuple[str, ...] = ()  # what a user should know of the texts
     chats: Mapping[str, int] | None = None  # what a user should know of the chats -> in how many
@@ -219,8 +219,11 @@ def _read(
             for note, count in part.index.notes.items():
                 chats[note] = chats.get(note, 0) + count
         parts.append(part)
-    has_chats = any(isinstance(part, Files) and part.index.has_chats for part in parts)
-    return Corpus(tuple(parts), _fingerprint(prints, shares), has_chats, tuple(notes), chats, shares)
+    indexes = [part.index for part in parts if isinstance(part, Files)]
+    # Which rows are left out may depend on how long a template takes.
+    kept = [len(each.place) for each in indexes] if any(each.left_out for each in indexes) else None
+    has_chats = any(each.has_chats for each in indexes)
+    return Corpus(tuple(parts), _fingerprint(prints, shares, kept), has_chats, tuple(notes), chats, shares)
 
 
 def text_corpus(texts: Iterable[str], limit: int) -> Corpus:
@@ -228,7 +231,7 @@ def text_corpus(texts: Iterable[str], limit: int) -> Corpus:
     part = _texts(texts, limit)
     if len(part) == 0:
         raise InputError("there is no text in the documents: give at least one that is not empty")
-    return Corpus((part,), _fingerprint(_hashes(part), None), has_chats=False)
+    return Corpus((part,), _fingerprint(_hashes(part)), has_chats=False)
 
 
 def _texts(texts: Iterable[str], limit: int) -> InMemory:
@@ -244,10 +247,12 @@ def _hashes(part: InMemory) -> list[str]:
     return [hashlib.sha256(text).hexdigest() for text in part.texts]
 
 
-def _fingerprint(prints: Sequence[str], shares: tuple[int, ...] | None) -> str:
+def _fingerprint(prints: Sequence[str], *others: object) -> str:
+    """Of the hashes of contents, and of what else is not None."""
     digest = hashlib.sha256(b"".join(map(bytes.fromhex, prints)))
-    if shares is not None:
-        digest.update(str(shares).encode())
+    for other in others:
+        if other is not None:
+            digest.update(str(other).encode())
     return digest.hexdigest()
 
 
