@@ -152,6 +152,8 @@ def inspect(source: Source) -> None:
     print_line("vocabulary", f"{vocabulary.size:,} ids, {kind}; special tokens {special}")
     if suffixes is not None:
         print_line("expansion", f"{len(suffixes.keys) - 1 + len(suffixes.special):,} original tokens")
+    for note in vocabulary.notes:
+        print_line("note", note)
 
 
 def pairs_of_tokens(

@@ -133,6 +133,8 @@ class Writer:
         folders = [model_folder(name) for name in names]
         loaded = [LoadedModel.read(folder) for folder in folders]
         self.vocabularies: list[Vocabulary] = [model.vocabulary for model in loaded]
+        for note in (note for vocabulary in self.vocabularies for note in vocabulary.notes):
+            say(note)
         settings = [read_generation_config(folder) for folder in folders]
         bolmo = any(isinstance(model.model, Bolmo) for model in loaded)
         if bolmo and (config.draft is not None or config.lookup):

@@ -10,6 +10,7 @@ A model is a Hugging Face folder, the name of one on the hub (org/name), or a ru
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -114,6 +115,8 @@ def measure(
     """The results of a model, or of several as one; `members`: their names and folders."""
     names = [str(name) for name, _ in members]
     models = [LoadedModel.read(folder) for _, folder in members]
+    for note in (note for model in models for note in model.vocabulary.notes):
+        print(f"Note: {note}.", file=sys.stderr)
     lengths = [read_generation_config(folder).max_length for _, folder in members]
     longest = min(filter(None, lengths), default=None)
     dtype, mean, weights = jnp.dtype(config.compute_dtype), config.mean, config.weights
