@@ -46,7 +46,7 @@ def show_run(command: Command, models: Models, mesh: Mesh, notes: Sequence[str],
     differing = Table.grid(padding=(0, 2))
     for name, (value, before) in changed(command).items():
         differing.add_row("", Text(name, "bold"), Text(_setting(value)), Text(f"instead of {_setting(before)}", "dim"))
-    console.print(Text(command.base, "bold") + Text(", but for" if differing.row_count else ""))
+    console.print(Text.assemble((command.base, "bold"), ", but for" if differing.row_count else ""))
     if differing.row_count:
         console.print(differing)
     facts = Table.grid(padding=(0, 2))
@@ -119,7 +119,9 @@ def show_alignment(batch: Batch, student: Vocabulary, teacher: Vocabulary, most:
         ("student", batch.student, batch.chunks.student_chunk, student),
     ):
         shown = (chunk[row] < most) & (side.weight[row] > 0)
-        console.print(Text(f"{name} ", "bold") + _tokens(side.targets[row][shown], chunk[row][shown], vocabulary))
+        console.print(
+            Text.assemble((f"{name} ", "bold"), _tokens(side.targets[row][shown], chunk[row][shown], vocabulary))
+        )
     console.print(
         Text("Equal colours are a chunk: the same bytes on both sides. A dot ends a token of several bytes.", "dim")
     )
@@ -244,7 +246,7 @@ def show_samples(prompts: Sequence[str], continuations: Mapping[str, Sequence[st
         console.rule(Text(f"sample {number + 1} of {len(prompts)}", "dim"), align="left", style="dim")
         shown = {"prompt": prompt, **{f"student {when}": texts[number] for when, texts in continuations.items()}}
         for label, text in shown.items():
-            console.print(Text(f"{label}\n", "bold blue") + Text(_printable(text)), soft_wrap=True)
+            console.print(Text.assemble((f"{label}\n", "bold blue"), _printable(text)), soft_wrap=True)
     console.rule(style="dim")
 
 
