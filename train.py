@@ -36,6 +36,7 @@ from minalm.distill.means import total
 from minalm.distill.parts import after, in_parts
 from minalm.distill.patches import patch_metrics, read_guide
 from minalm.errors import check_at_least
+from minalm.errors import InputError, check_at_least
 from minalm.models.contract import Model, read
 from minalm.models.head import PrefixTree, VocabularyMask
 from minalm.models.mapped import Mapped, bare, with_student
@@ -100,6 +101,8 @@ class Config:
         self.run.check()
         self.tracking.check()
         check_at_least(self, {"seed": 0})
+        if self.seed >= 2**31:
+            raise InputError(f"--seed is {self.seed}: it must be a number below {2**31}")
         self.student.check(self.losses)
 
 

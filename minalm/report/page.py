@@ -37,6 +37,6 @@ def run_values(run: RunData) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float | None) -> float | None:
+def _rounded(value: int | float | None) -> int | float | None:
     """Six digits are enough for a curve."""
     return float(f"{value:.6g}") if isinstance(value, float) else value

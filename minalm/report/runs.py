@@ -20,7 +20,7 @@ class RunData:
     name: str  # what the page calls it
     folder: RunFolder
     settings: dict[str, Any]  # by the names of their flags
-    metrics: list[dict[str, float]]  # at most MOST_POINTS rows
+    metrics: list[dict[str, int | float]]  # at most MOST_POINTS rows
     averaged: int  # how many logged steps a row of `metrics` is the mean of
     evaluations: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -50,7 +50,7 @@ def read_run(path: Path, name: str) -> RunData:
     return RunData(name, folder, folder.settings, metrics, averaged, logs["evaluations"], logs["samples"], summary)
 
 
-def thinned(rows: list[dict[str, float]]) -> tuple[list[dict[str, float]], int]:
+def thinned(rows: list[dict[str, int | float]]) -> tuple[list[dict[str, int | float]], int]:
     """At most MOST_POINTS rows, each the mean of as many as it stands for (the last may be of fewer), and that number.
 
     Where a row stands, its step, seconds and bytes, is that of the last of those that it is the mean of.
