@@ -57,7 +57,8 @@ const AXES = {
 let axis = "step";
 
 function nearest(xs, x, ys) {
-  if (!xs || !xs.length || !ys || x < xs[0] / 2) return 0;
+  if (!xs || !xs.length || !ys) return NaN;
+  if (x < xs[0] / 2) return 0;
   let best = 0;
   xs.forEach((value, n) => { if (Math.abs(value - x) < Math.abs(xs[best] - x)) best = n; });
   return ys[best];

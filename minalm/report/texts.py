@@ -40,14 +40,8 @@ def judged_texts(run: RunData, texts: Sequence[str]) -> list[dict[str, Any]]:
     pieces = [text_corpus([text[:MOST_BYTES]], 2 * MOST_BYTES).piece(0) for text in texts]
     batch, mesh = make_batch(pieces, *sides), make_mesh(1, 1)
     models = [shard(part, mesh) for part in (student.model, teacher.model, student.mask, teacher.mask)]
-    ours, theirs = _stats(tuple(models), shard_rows(batch, mesh), mesh)
     losses = _losses(run.settings)
-    groups, _, _ = teacher_groups(theirs, batch.chunks, losses)
-    sums = [
-        chunk_sums(ours, batch.chunks.student_chunk, batch.chunks.student_chunk_end),
-        chunk_sums(theirs, batch.chunks.teacher_chunk, batch.chunks.teacher_chunk_end),
-    ]
-    ours, theirs, sums, group = jax.device_get((ours, theirs, sums, groups.index))
+    ours, theirs, sums, group = jax.device_get(_judged(tuple(models), shard_rows(batch, mesh), mesh, losses))
     found = []
     for row, text in enumerate(texts):
         if batch.left_out[row]:
@@ -63,7 +57,7 @@ def judged_texts(run: RunData, texts: Sequence[str]) -> list[dict[str, Any]]:
                 "group": int(group[row, n]),
                 **{
                     name: [round(float(value[row, n]), 4) for value in (logp, np.exp(boundary))]
-                    for name, (logp, _, boundary) in zip(("student", "teacher"), sums, strict=True)
+                    for name, (logp, _, boundary) in sums.items()
                 },
             }
             for n in range(used)
@@ -103,7 +97,13 @@ def _read_both(student: Any, teacher: Any, student_mask: Any, teacher_mask: Any,
     return ours.stats, read(teacher, teacher_mask, batch.teacher, dtype).stats
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _stats(models: tuple, batch: Batch, mesh: Mesh) -> tuple[TokenStats, TokenStats]:
-    layout = *specs(models, mesh), jax.tree.map(lambda _: ROWS, batch)
-    return shard_map(_read_both, mesh, in_specs=layout, out_specs=ROWS)(*models, batch)
+@functools.partial(jax.jit, static_argnames=("mesh", "losses"))
+def _judged(models: tuple, batch: Batch, mesh: Mesh, losses: LossConfig) -> tuple:
+    """What both sides say of each token, of each chunk (chunks.chunk_sums), and the group of each chunk."""
+    layout, chunks = (*specs(models, mesh), jax.tree.map(lambda _: ROWS, batch)), batch.chunks
+    ours, theirs = shard_map(_read_both, mesh, in_specs=layout, out_specs=ROWS)(*models, batch)
+    sums = {
+        "student": chunk_sums(ours, chunks.student_chunk, chunks.student_chunk_end),
+        "teacher": chunk_sums(theirs, chunks.teacher_chunk, chunks.teacher_chunk_end),
+    }
+    return ours, theirs, sums, teacher_groups(theirs, chunks, losses)[0].index
