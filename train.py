@@ -35,7 +35,6 @@ from minalm.distill.losses import LossConfig
 from minalm.distill.means import total
 from minalm.distill.parts import after, in_parts
 from minalm.distill.patches import patch_metrics, read_guide
-from minalm.errors import check_at_least
 from minalm.errors import InputError, check_at_least
 from minalm.models.contract import Model, read
 from minalm.models.head import PrefixTree, VocabularyMask
