@@ -85,7 +85,8 @@ def test_rows_alone_and_longer_texts(made, monkeypatch):
     assert together[0] == inside([i % plain.PLAIN for i in theirs]).tolist()
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), *(pytest.param(each, marks=pytest.mark.slow) for each in ((2, 1), (1, 2)))])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ((2, 2), (2, 1), (1, 2)))
 def test_meshes(made, mesh):
     _, _, _, loaded, generator = made("olmo3")
     other = generator_of([loaded], make_mesh(*mesh), FLOAT32)
@@ -113,6 +114,7 @@ def test_sampling(made):
     assert (np.abs(counts[top] - 512 * p[top]) < 4.5 * spread + 1).all()
 
 
+@pytest.mark.slow
 def test_scores(made):
     """Stepping causally; contexts and continuations of any lengths in one batch."""
     _, config, tensors, _, generator = made("olmo3")
@@ -138,6 +140,7 @@ def test_greedy_of_scores(made):
     assert first.tolist() == [True] and second.tolist() == [False]
 
 
+@pytest.mark.slow
 def test_transformers_writes_the_same(made, tmp_path):
     """The folder that is exported, in transformers, greedily."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

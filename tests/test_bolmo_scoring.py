@@ -1,6 +1,7 @@
 """How probable texts are to a Bolmo, by stepping and all at once, against plain numpy; and the programs that ask for it."""
 
 import json
+from pathlib import Path
 
 import bolmo_numpy as plain
 import numpy as np
@@ -9,13 +10,18 @@ from test_bolmo_folders import ours, write
 from test_modeling_bolmo import SEQUENCES, TRUNKS, text
 
 from minalm import generate
+from minalm.batches import Side
 from minalm.errors import InputError
 from minalm.evaluation.__main__ import cli
 from minalm.evaluation.bolmo_scoring import BolmoScorer
+from minalm.evaluation.cuts import cuts
 from minalm.evaluation.scoring import Request
 from minalm.huggingface.loaded import LoadedModel
-from minalm.parallel.mesh import make_mesh
+from minalm.parallel.mesh import make_mesh, shard
+from minalm.text.documents import Segment, Special
+from minalm.tokenization.tokenizer_json import load_vocabulary
 
+TEACHER = Path(__file__).parents[1] / "quickstart_teacher"
 FLOAT32 = np.dtype(np.float32)
 PAIRS = [
     (text(0, 5), text(9, 13)[1:]),
@@ -62,6 +68,7 @@ def test_two_sided(files):
         scorer([Request((inside([1]),), inside([]))])
 
 
+@pytest.mark.slow
 def test_bits_per_byte_from_the_command_line(files, tmp_path, capsys):
     """The same text with both; only the two-sided one says that it is none."""
     folder, config, tensors = files
@@ -82,6 +89,7 @@ def test_bits_per_byte_from_the_command_line(files, tmp_path, capsys):
         assert found[likelihood] == pytest.approx(-logp.sum() / np.log(2) / len(ids), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_generate_from_the_command_line(files, capsys):
     folder, config, tensors = files
     generate.cli([str(folder), "abc bab", "--max-bytes", "12"])
@@ -94,3 +102,28 @@ def test_generate_from_the_command_line(files, capsys):
         generate.cli([str(folder), "abc", "--lookup"])
     with pytest.raises(SystemExit, match="a Bolmo writes alone"):
         generate.cli([str(folder), str(folder), "abc"])
+
+
+@pytest.mark.slow
+def test_where_a_text_is_cut(files):
+    """The student's patches are those that numpy predicts, the teacher's its tokens; both spell the text."""
+    folder, config, tensors = files
+    loaded = LoadedModel.read(folder)
+    mesh = make_mesh(1, 1)
+    teacher = load_vocabulary(TEACHER, of_model=True)
+    sides = Side(loaded.vocabulary, loaded.suffixes, 64, patches=True), Side(teacher, None, 64)
+    sentence = "abc cab\nbca"
+    piece = (Segment(Special("bos")), Segment(sentence), Segment(Special("eos")))
+    found = cuts(shard(loaded.model, mesh, FLOAT32), *sides, piece, mesh, FLOAT32)
+    ids = [plain.BOS, *(4 + byte for byte in sentence.encode())]
+    tokens = teacher.encode([(Segment(sentence),)])[0].ids
+    assert found.teacher == tuple(teacher.token_bytes[token] for token in tokens)
+    encoded = plain.encode(
+        config, plain.double(tensors), [*ids, plain.BOS], plain.suffix_ids(SEQUENCES, [*ids, plain.BOS])
+    )
+    ends = plain.boundary_logp(plain.double(tensors), encoded)[1 : len(ids)] > np.log(0.5)
+    expected, start = [], 0
+    for end in [*np.flatnonzero(ends) + 1, len(sentence)]:
+        expected += [sentence[start:end].encode()] if end > start else []
+        start = end
+    assert found.student == tuple(expected) and b"".join(found.teacher) == sentence.encode()

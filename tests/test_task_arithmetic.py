@@ -86,6 +86,7 @@ def test_blocks_alone_change(folders, tmp_path, monkeypatch, capsys, kind):
             assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((folders / kind / file).read_text())
 
 
+@pytest.mark.slow
 def test_the_whole_difference_makes_the_other_model(folders, tmp_path, monkeypatch, capsys):
     add(monkeypatch, TEACHER, tmp_path / "out", *given(folders), "--with-table")
     post, found = tensors_of(folders / "post"), tensors_of(tmp_path / "out")
@@ -107,7 +108,7 @@ def test_the_table_of_subwords(folders, tmp_path, monkeypatch, kind, table):
     assert {name.split(".")[1] for name in changed} == {"layers", table.split(".")[0]}
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("dtype", ("bfloat16", pytest.param("float32", marks=pytest.mark.slow)))
 def test_nothing_added_is_nothing_changed(folders, tmp_path, monkeypatch, dtype):
     convert.export(folders / "bytes", tmp_path / "model", dtype=dtype)
     add(monkeypatch, tmp_path / "model", tmp_path / "out", *given(folders), "--alpha", 0)
@@ -116,6 +117,7 @@ def test_nothing_added_is_nothing_changed(folders, tmp_path, monkeypatch, dtype)
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_settings_are_said(folders, tmp_path, monkeypatch, capsys):
     shutil.copytree(folders / "post", tmp_path / "longer")
     values = json.loads((TEACHER / "config.json").read_text()) | {"rope_theta": 50_000.0}

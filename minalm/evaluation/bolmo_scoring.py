@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from minalm.errors import InputError
 from minalm.evaluation.scoring import FEWEST, SHORTEST, Request, Score, padded
 from minalm.generation.bolmo import BolmoGenerator, BolmoSession, decoder_reads, head
 from minalm.generation.bolmo_decoder import BolmoDecoder
-from minalm.generation.engine import power_of_two
+from minalm.generation.engine import placed, power_of_two
 from minalm.huggingface.loaded import LoadedModel
-from minalm.parallel.mesh import shard_rows
+from minalm.parallel.mesh import shardings
 
 Likelihood = Literal["causal", "two-sided"]
 SAID = (
@@ -49,7 +50,7 @@ class BolmoScorer:
         self.models, self.longest, self.cut, self.likelihood = (loaded,), None, 0, likelihood
         self.batch_size = batch_size + -batch_size % mesh.shape["fsdp"]
         self.generator = BolmoGenerator(loaded, mesh, dtype)
-        self._two_sided = jax.jit(self._whole, static_argnums=6)
+        self._two_sided = jax.jit(self._whole, static_argnums=6, out_shardings=shardings(P(), mesh))
 
     def __call__(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Score]:
         """The scores of requests, in their order. `progress` hears after each batch how many more requests are done.
@@ -92,10 +93,10 @@ class BolmoScorer:
             ids[number, : len(text)], length[number] = text, len(text)
             places[number, :count] = np.arange(len(text) - count - 1, len(text) - 1)
         targets = np.take_along_axis(ids, np.minimum(places + 1, ids.shape[1] - 1), axis=1)
-        arrays = shard_rows((ids, generator.suffixes(ids), length), mesh)
+        arrays = [placed(each, generator.rows) for each in (ids, generator.suffixes(ids), length)]
         h, _, ends = generator._encode(generator.decoder, *arrays)
         slots = power_of_two(int(np.asarray(jax.device_get(ends)).sum(axis=1).max()))
-        picked = shard_rows((places, targets), mesh)
+        picked = [placed(each, generator.rows) for each in (places, targets)]
         found = self._two_sided(generator.decoder, h, ends, arrays[2], *picked, slots)
         logp, greedy = (np.asarray(each) for each in jax.device_get(found))
         return [(logp[number, :count], greedy[number, :count]) for number, count in enumerate(counts)]

@@ -24,12 +24,12 @@ from minalm.errors import InputError
 from minalm.generation import bolmo_decoder
 from minalm.generation.bolmo_decoder import BolmoDecoder, Memory
 from minalm.generation.decoder import Cache
-from minalm.generation.engine import MOST_STEPS, Generator, power_of_two
+from minalm.generation.engine import MOST_STEPS, Generator, placed, power_of_two
 from minalm.generation.sampling import Sampling, adjusted, choose
 from minalm.generation.suffix_table import SuffixTable, suffix_table
 from minalm.huggingface.loaded import LoadedModel
 from minalm.models.config import LongRopeScaling
-from minalm.parallel.mesh import ROWS, layouts, param, shard, shard_map, shard_rows, shardings
+from minalm.parallel.mesh import ROWS, layouts, param, shard, shard_map, shardings
 
 FEWEST_PATCHES = 64  # of the smallest cache
 SHORTEST = 32  # bytes of a padded prompt
@@ -69,14 +69,17 @@ class BolmoGenerator(Generator):
         self.suffixes, self.mesh, self.dtype = loaded.suffixes, mesh, dtype
         self.vocabularies, self.shared, self.members = [loaded.vocabulary], None, (self.decoder,)
         self.size = config.vocab_size
-        layout = layouts(jax.eval_shape(lambda: self.empty(1, 1)))
-        places = shardings((layouts(self.decoder), layouts(self.table), layout), mesh)
-        self._empty = jax.jit(self.empty, static_argnums=(0, 1), out_shardings=places[2])
-        self._encode = jax.jit(functools.partial(encode, self))
-        self._prefill = jax.jit(functools.partial(prefill, self), static_argnums=4, donate_argnums=1)
-        self._advance = jax.jit(functools.partial(advance, self), donate_argnums=2)
-        self._score = jax.jit(functools.partial(score, self), donate_argnums=2)
-        self._grow = jax.jit(self._grown, static_argnums=1, out_shardings=places[2])
+        state = jax.eval_shape(lambda: self.empty(1, 1))
+        memory, state, whole = (shardings(each, mesh) for each in (layouts(state.encoder), layouts(state), P()))
+        self.rows = shardings(ROWS, mesh)
+        self._empty = jax.jit(self.empty, static_argnums=(0, 1), out_shardings=state)
+        self._encode = jax.jit(functools.partial(encode, self), out_shardings=(self.rows, memory, whole))
+        self._prefill = jax.jit(
+            functools.partial(prefill, self), static_argnums=4, donate_argnums=1, out_shardings=state
+        )
+        self._advance = jax.jit(functools.partial(advance, self), donate_argnums=2, out_shardings=(state, whole, whole))
+        self._score = jax.jit(functools.partial(score, self), donate_argnums=2, out_shardings=(state, whole, whole))
+        self._grow = jax.jit(self._grown, static_argnums=1, out_shardings=state)
 
     def empty(self, batch: int, capacity: int) -> State:
         """So many rows that have read nothing, with room for so many patches."""
@@ -131,16 +134,14 @@ class BolmoSession:
         ids, length = np.zeros((self.batch, time), np.int32), np.ones(self.batch, np.int32)
         for number, prompt in enumerate(prompts):
             ids[number, : len(prompt)], length[number] = prompt, len(prompt)
-        arrays = shard_rows((ids, generator.suffixes(ids), length), generator.mesh)
-        h, memories, ends = generator._encode(generator.decoder, *arrays)
-        ends = np.array(jax.device_get(ends))
-        most = int(ends.sum(axis=1).max()) + 1
+        ids, suffix, length = (placed(each, generator.rows) for each in (ids, generator.suffixes(ids), length))
+        h, memories, ends = generator._encode(generator.decoder, ids, suffix, length)
+        most = int(np.asarray(jax.device_get(ends)).sum(axis=1).max()) + 1
         self.most = most  # patches of any row
         self.capacity = max(FEWEST_PATCHES, power_of_two(most + MOST_STEPS))
         slots = power_of_two(max(most, 1))
         state = generator._empty(self.batch, self.capacity)
-        ends, *texts = shard_rows((ends, ids, length), generator.mesh)
-        self.state = generator._prefill(generator.decoder, state, (h, memories, *texts), ends, slots)
+        self.state = generator._prefill(generator.decoder, state, (h, memories, ids, length), ends, slots)
 
     def room(self) -> int:
         """Bytes that can be written before some row has to be read anew: there is no such limit."""
@@ -178,7 +179,7 @@ class BolmoSession:
                 piece = row[start : start + MOST_STEPS]
                 ids[number, : len(piece)] = piece
             self.state, *found = generator._score(
-                generator.decoder, generator.table, self.state, *shard_rows((ids,), generator.mesh)
+                generator.decoder, generator.table, self.state, placed(ids, generator.rows)
             )
             logp, greedy = jax.device_get(found)
             for number, row in enumerate(continuations):

@@ -117,12 +117,12 @@ class Generator:
         shared = shared_entries([model.vocabulary for model in models]) if len(models) > 1 else None
         weights = normalized_weights(weights, len(models))
 
-        def placed(tree, dtype=None):  # unless it is in training, and there already
+        def on_mesh(tree, dtype=None):  # unless it is in training, and there already
             there = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
             return tree if there else shard(tree, mesh, dtype)
 
         def member(loaded):
-            decoder = lay_out(placed(loaded.model, dtype), placed(loaded.mask), mesh, dtype)
+            decoder = lay_out(on_mesh(loaded.model, dtype), on_mesh(loaded.mask), mesh, dtype)
             table = None if loaded.suffixes is None else shard(suffix_table(loaded.suffixes), mesh)
             return Member(decoder, table)
 
@@ -254,7 +254,7 @@ class Session:
         state = jax.tree.map(lambda array: np.broadcast_to(np.zeros((), array.dtype), array.shape), shapes)
         places = lambda state: [array for m in state.members for array in (m.ids, m.offset, m.long)]  # noqa: E731
         state = eqx.tree_at(places, state, [array for text in texts for array in text])
-        self.state = jax.tree.map(_placed, state, shardings(layouts(shapes), mesh))
+        self.state = jax.tree.map(placed, state, shardings(layouts(shapes), mesh))
 
     def _text(self, config: ModelConfig, rows: Sequence[Int[np.ndarray, " _"]]) -> tuple[np.ndarray, ...]:
         """A member's ids, offset and long."""
@@ -296,8 +296,8 @@ class Session:
         new = np.full((1, MARGIN + self.capacity), -1, np.int32)
         new[0, MARGIN + offset : MARGIN + last + 1] = ids
         (member,) = self.state.members
-        member = dataclasses.replace(member, ids=_placed(new, member.ids.sharding))
-        self.state = State((member,), _placed(np.int32(start), self.state.column.sharding))
+        member = dataclasses.replace(member, ids=placed(new, member.ids.sharding))
+        self.state = State((member,), placed(np.int32(start), self.state.column.sharding))
         return True
 
     def room(self) -> int:
@@ -516,7 +516,7 @@ def occurred(generator: Generator, ids: Int[Array, "batch columns"], entries: in
     return jnp.zeros((ids.shape[0], entries), bool).at[rows, ids].set(True, mode="drop")
 
 
-def _placed(array: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
+def placed(array: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
     """A host's array, which all processes have, on the mesh. Nothing is compiled for it."""
     return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
 

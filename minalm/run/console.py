@@ -250,6 +250,19 @@ def show_samples(prompts: Sequence[str], continuations: Mapping[str, Sequence[st
     console.rule(style="dim")
 
 
+def show_cuts(teacher: Sequence[str], student: Sequence[str]) -> None:
+    """A text in the teacher's tokens, and below it in the patches that a Bolmo makes of it (`token_text` of each)."""
+    for name, pieces in (("teacher", teacher), ("student", student)):
+        shown = Text(f"{name} ", "bold")
+        for number, piece in enumerate(pieces):
+            shown.append("" if number == 0 else "│", "dim")
+            shown.append(piece, ("cyan", "yellow")[number % 2])
+        console.print(shown, soft_wrap=True)
+    console.print(
+        Text(f"The teacher's {len(teacher)} tokens, and the student's {len(student)} patches of the same text.", "dim")
+    )
+
+
 def show_estimate(estimate: Estimate) -> None:
     """What a step takes of the chips that it was compiled for."""
     topology, chip, mesh = estimate.topology, estimate.topology.chip, estimate.mesh

@@ -9,11 +9,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from minalm.errors import InputError, check_at_least
 from minalm.evaluation.bits_per_byte import measure
-from minalm.evaluation.samples import continue_texts
+from minalm.evaluation.cuts import cuts
+from minalm.evaluation.samples import beginning, continue_texts
+from minalm.models.bolmo import Bolmo
 from minalm.models.mapped import bare
 from minalm.run import console
 from minalm.run.estimate import Work
@@ -138,15 +141,27 @@ class Recorder:
                 bare(student), masks[0], texts.student, texts.held_out, self.config.samples, mesh, dtype, texts.seed
             )
             rows = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in shown]
-            self.samples.write({"step": step, "samples": rows})
+            self.samples.write({"step": step, "samples": rows} | self._patches(bare(student), mesh, dtype))
             rows_of = {"before": self.samples.at(0), "after": self.samples.at(step) if step else None}
             continuations = {
                 when: [sample["continuation"] for sample in row["samples"]] for when, row in rows_of.items() if row
             }
             console.show_samples([prompt for prompt, _ in shown], continuations)
+            if "patches" in (row := self.samples.at(step)):
+                console.show_cuts(row["patches"]["teacher"], row["patches"]["student"])
         if step == 0:
             self.began = time.monotonic()
         self.bar.pause()
+
+    def _patches(self, student: PyTree, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Any]:
+        """How a Bolmo cuts the beginning of the first held-out text, for samples.jsonl."""
+        if not isinstance(student, Bolmo) or self.texts.teacher is None:
+            return {}
+        [piece] = self.texts.held_out.batch(1, 0, 1)
+        found = cuts(student, self.texts.student, self.texts.teacher, beginning(piece), mesh, dtype)
+        return {
+            "patches": {side: [console.token_text(each) for each in pieces] for side, pieces in found._asdict().items()}
+        }
 
     def finish(self) -> None:
         """The table of results, and summary.json, on the first process."""
