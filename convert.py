@@ -33,6 +33,7 @@ from minalm.distill.losses import LossConfig
 from minalm.errors import InputError
 from minalm.huggingface.arithmetic import add_difference as sum_with_difference
 from minalm.huggingface.arithmetic import other_settings
+from minalm.huggingface.bolmo import chat_template
 from minalm.huggingface.families import DTYPES
 from minalm.huggingface.folder import copy, read_generation_config, save
 from minalm.huggingface.loaded import LoadedModel, model_folder
@@ -223,6 +224,8 @@ def add_difference(
 ) -> None:
     """Adds what post-training changed in a subword model to a model made from it.
 
+    A Bolmo without a chat template gets that of the post-trained model, whose special tokens it spells.
+
     Args:
         base: the subword model that both were made from.
         post_trained: what post-training made of it.
@@ -237,7 +240,8 @@ def add_difference(
     changed = sum_with_difference(loaded, names, alpha, with_table)
     stored = {leaf.dtype for leaf in leaves(loaded[0].model).values()}
     kept = "bfloat16" if stored == {DTYPES["bfloat16"]} else "float32"
-    copy(folders[0], out, changed, dtype or kept)
+    template = chat_template(loaded[1].vocabulary, loaded[2].vocabulary) if isinstance(changed, Bolmo) else None
+    copy(folders[0], out, changed, dtype or kept, template)
     for name, other in zip(names[1:], loaded[1:]):
         if settings := other_settings(loaded[0].model.config, other.model.config):
             print(f"{name} has other settings, of which nothing is taken over: {', '.join(settings)}")

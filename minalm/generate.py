@@ -145,6 +145,7 @@ class Writer:
         self.positions = min(filter(None, lengths), default=None)
         self.sampling = sampling_of(config.sampling, settings[0], self.vocabularies[0], folders[0])
         self.sampling.check()
+        self.stops = (*config.stop, *(self.vocabularies[0].stop_strings if config.chat else ()))
         mesh = make_mesh(config.mesh.fsdp or 1, config.mesh.tp)
         platform = mesh.devices.flat[0].platform
         self.dtype = jnp.dtype(config.dtype or ("float32" if platform == "cpu" else "bfloat16"))
@@ -204,7 +205,7 @@ class Writer:
     def write(self, prompt: Prompt, show: Callable[[str], None]) -> str:
         """The continuation of a prompt, shown as it comes."""
         config, vocabulary, parts = self.config, self.vocabularies[0], []
-        stream = TextStream(stop_bytes(config.stop), config.max_bytes)
+        stream = TextStream(stop_bytes(self.stops), config.max_bytes)
 
         def take(text):
             parts.append(text)
@@ -219,7 +220,7 @@ class Writer:
 
             common = dict(
                 stop_ids=self.stop_ids,
-                stop_strings=config.stop,
+                stop_strings=self.stops,
                 seed=config.seed,
                 on_tokens=on_tokens,
                 max_bytes=config.max_bytes,

@@ -13,6 +13,8 @@ import safetensors.numpy
 
 import convert
 from minalm.errors import InputError
+from minalm.huggingface.folder import load_vocabularies
+from minalm.tokenization.chats import ChatReader
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "quickstart_teacher"
@@ -66,6 +68,57 @@ def add(monkeypatch, *arguments):
 
 def given(folders, post="post"):
     return "--base", TEACHER, "--post-trained", folders / post
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OLMO = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|assistant|>\n' + "
+    "message['content'] + '<|end_of_text|>' }}{% else %}{{ '<|user|>\n' + message['content'] + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "written", "ends"),
+    (
+        (CHATML, "<|im_end|>", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>",)),
+        (OLMO, "<|end_of_text|>", "<|user|>\nHi\n<|assistant|>\n", ()),
+    ),
+)
+def test_a_bolmo_learns_to_chat(folders, tmp_path, monkeypatch, template, eos, written, ends):
+    """It gets the post-trained model's template, whose special tokens are bytes to it, but for bos and the base's eos."""
+    shutil.copytree(folders / "post", tmp_path / "post")
+    settings = json.loads((TEACHER / "tokenizer_config.json").read_text()) | {
+        "eos_token": eos,
+        "chat_template": template,
+    }
+    (tmp_path / "post" / "tokenizer_config.json").write_text(json.dumps(settings))
+    spec = json.loads((TEACHER / "tokenizer.json").read_text())
+    if eos not in {token["content"] for token in spec["added_tokens"]}:
+        used = {token["id"] for token in spec["added_tokens"]}
+        spec["model"]["vocab"] = {word: i for word, i in spec["model"]["vocab"].items() if i != ROWS - 1}
+        spec["model"]["merges"] = spec["model"]["merges"][:-1]
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": ROWS - 1, "content": eos})
+        assert ROWS - 1 not in used
+        base = tmp_path / "base"
+        shutil.copytree(TEACHER, base)
+        for place in (base, tmp_path / "post"):
+            (place / "tokenizer.json").write_text(json.dumps(spec))
+    else:
+        base = TEACHER
+    add(monkeypatch, folders / "bolmo", tmp_path / "out", "--base", base, "--post-trained", tmp_path / "post")
+    vocabulary, _ = load_vocabularies(tmp_path / "out")
+    reader = ChatReader(vocabulary, vocabulary, False, "2026-01-01")
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    [encoding] = vocabulary.encode([tuple(reader(chat, add_generation_prompt=True))])
+    assert encoding.ids.tolist() == [257, *written.encode()]
+    assert vocabulary.stop_strings == ends and vocabulary.stop_ids == [257]
+    again = tmp_path / "again"
+    convert.export(tmp_path / "out", again)
+    assert load_vocabularies(again)[0].chat_template.sources == vocabulary.chat_template.sources
 
 
 @pytest.mark.parametrize("kind", ("bytes", "bolmo"))

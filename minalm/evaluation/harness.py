@@ -188,6 +188,7 @@ class TaskModel:
         left = dict(settings)
         until = left.pop("until", None) or []
         until = (until,) if isinstance(until, str) else tuple(until)
+        until += self.vocabularies[0].stop_strings if self._chats else ()
         limits = [left.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
         tokens = next((limit for limit in limits if limit is not None), MAX_TOKENS)
         temperature = left.pop("temperature", None)

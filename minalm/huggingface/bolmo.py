@@ -6,6 +6,7 @@ family has that family's keys and names of tensors in their places, and `trunk_m
 The published order of ids is special tokens first, ours is bytes first; so the rows of two tables change places.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from minalm.huggingface.families import FLAT, Family, Keys, Parts, TensorMap
 from minalm.models import bolmo
 from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.transformer import leaves
+from minalm.tokenization.chat_template import ChatTemplate, probe
 from minalm.tokenization.suffixes import LongestSuffix, of_tokens
 from minalm.tokenization.tokenizer_json import BYTE_SIGNS
 from minalm.tokenization.vocabulary import BOLMO_SPECIAL, Vocabulary
@@ -256,6 +258,33 @@ def original_tokenizer(values: Mapping[str, Any]) -> str | None:
     """Where a published folder says that the tokenizer of its subwords is."""
     given = values.get("tokenizer_config")
     return given.get("original_identifier") if isinstance(given, dict) else None
+
+
+def chat_template(base: Vocabulary, post_trained: Vocabulary) -> ChatTemplate | None:
+    """The chat template of a post-trained subword model for a Bolmo that was made from its base.
+
+    The base's bos and eos are the Bolmo's bos, which every text begins with. All other special tokens are spelled as they
+    stand, those too that the template knows by name.
+    """
+    template = post_trained.chat_template
+    if template is None:
+        return None
+    own = {base.named("bos"): "<bos>", base.named("eos"): "<bos>"}
+    own = {word: ours for word, ours in own.items() if word is not None}
+
+    def with_own(text: str) -> str:
+        for word, ours in own.items():
+            text = text.replace(word, ours)
+        return text
+
+    names = {"bos_token": "<bos>", "eos_token": "<bos>", "pad_token": "<pad>"}
+    meant = {name: with_own(template.names.get(name, "")) for name in names}
+    first = "".join(f"{{% set {name} = {json.dumps(word)} %}}" for name, word in meant.items() if word != names[name])
+    sources = {name: first + with_own(text) for name, text in template.sources.items()}
+    found = ChatTemplate(template.file, sources, names)
+    if not all(written.startswith("<bos>") for written in probe(found)):
+        found = found._replace(sources={name: "<bos>" + text for name, text in sources.items()})
+    return found
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:

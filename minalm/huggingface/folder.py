@@ -16,6 +16,7 @@ from minalm.models import kinds, transformer
 from minalm.models.bolmo import Bolmo
 from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.transformer import Transformer
+from minalm.tokenization.chat_template import ChatTemplate, read_chat_template
 from minalm.tokenization.special_tokens import NAMES, REQUIRED
 from minalm.tokenization.suffixes import LongestSuffix, bolmo_suffixes, read_expansion, write_expansion
 from minalm.tokenization.tokenizer_json import load_vocabulary, tokenizer_json
@@ -63,16 +64,25 @@ def save(
     weights.save(folder, model, dtype, vocabulary_size=vocabulary.size, keys=keys, files=files)
 
 
-def copy(source: Path, folder: Path, model: Transformer | Bolmo, dtype: Literal["bfloat16", "float32"]) -> None:
+def copy(
+    source: Path,
+    folder: Path,
+    model: Transformer | Bolmo,
+    dtype: Literal["bfloat16", "float32"],
+    template: ChatTemplate | None = None,
+) -> None:
     """Writes the model of the folder `source` to a new one. The files of its tokenizer are copied as they are.
 
     Code is not copied: a model with an input expansion gets ours. So does a Bolmo, whose published tokenizer is code
-    too, and it gets a tokenizer.json. Raises InputError as `weights.save` does.
+    too, and it gets a tokenizer.json; and where it has no chat template, this `template`. Raises InputError as
+    `weights.save` does.
     """
     values = weights.read_json(source / "config.json")
     keys = families.informative(values)
     if isinstance(model.config, BolmoConfig):
-        own_keys, files = _files(model.config, *load_vocabularies(source), read_generation_config(source))
+        vocabulary, suffixes = load_vocabularies(source)
+        vocabulary = dataclasses.replace(vocabulary, chat_template=vocabulary.chat_template or template)
+        own_keys, files = _files(model.config, vocabulary, suffixes, read_generation_config(source))
         original = own_keys["tokenizer_config"] | {"original_identifier": bolmo.original_tokenizer(values)}
         weights.save(folder, model, dtype, keys=keys | own_keys | {"tokenizer_config": original}, files=files)
         return
@@ -168,7 +178,9 @@ def _load_bolmo_vocabularies(folder: Path, config: BolmoConfig) -> tuple[Vocabul
         beside = (folder / original).is_dir()
         source = load_vocabulary(folder / original if beside else weights.find(original), of_model=True)
         suffixes = bolmo_suffixes(source, bolmo_vocabulary(source))
-    return bolmo_vocabulary(source), suffixes
+    vocabulary = bolmo_vocabulary(source)
+    template = read_chat_template(folder, vocabulary.names, vocabulary.special)
+    return dataclasses.replace(vocabulary, chat_template=template), suffixes
 
 
 def _read_sampling(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import Connection
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,6 +157,12 @@ def stop_tokens(template: ChatTemplate, special: SpecialTokens) -> list[str]:
         behind = [special.split(part)[:2] for part in written.split(PROBE["assistant"])[1:]]
         found += [parts[1] for parts in behind if len(parts) == 2 and not parts[0].strip()]
     return list(dict.fromkeys(found))
+
+
+def answer_end(template: ChatTemplate, special: SpecialTokens) -> str:
+    """The plain text that ends every answer, without white space around it; "" where a special token does it."""
+    behind = [part for written in probe(template) for part in written.split(PROBE["assistant"])[1:]]
+    return special.split(commonprefix(behind))[0].strip()
 
 
 def special_token_places(template: ChatTemplate, special: SpecialTokens) -> dict[tuple[int, int], str]:

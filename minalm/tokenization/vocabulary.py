@@ -13,7 +13,13 @@ from tokenizers.normalizers import Normalizer
 
 from minalm.errors import InputError
 from minalm.text.documents import Markup, Piece, Special
-from minalm.tokenization.chat_template import ChatTemplate, SpecialTokens, special_tokens_of, stop_tokens
+from minalm.tokenization.chat_template import (
+    ChatTemplate,
+    SpecialTokens,
+    answer_end,
+    special_tokens_of,
+    stop_tokens,
+)
 
 BOLMO_SPECIAL = ("<pad>", "<bos>", "<eos>", "<bpe_token_end>")  # the last two are in no text
 META = "\u2581"  # how SentencePiece vocabularies write a space
@@ -126,6 +132,12 @@ class Vocabulary:
         answer = [] if self.chat_template is None else stop_tokens(self.chat_template, self.special_tokens)
         words = dict.fromkeys([*filter(None, [self.named("eos")]), *self.stops, *answer])
         return [self.special[word] for word in words if word in self.special]
+
+    @cached_property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The text that ends an answer in a chat, where no special token does: a Bolmo spells those of its source."""
+        end = "" if self.chat_template is None else answer_end(self.chat_template, self.special_tokens)
+        return (end,) if end else ()
 
     @cached_property
     def template_special(self) -> tuple[str, ...]:
@@ -346,7 +358,7 @@ def byte_vocabulary(source: Vocabulary, special: Sequence[str] | None = None) ->
 def bolmo_vocabulary(source: Vocabulary) -> Vocabulary:
     """What a Bolmo reads: the bytes, then four special tokens of its own, of which bos also ends a document.
 
-    All other special tokens of the source are spelled by the bytes of their names. There is no chat template.
+    All other special tokens of the source are spelled by the bytes of their names. Its folder may have a chat template.
     """
     single = tuple(bytes([byte]) for byte in range(256))
     return Vocabulary(
