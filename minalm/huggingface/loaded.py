@@ -27,7 +27,8 @@ class LoadedModel:
     @classmethod
     def of_shapes(cls, model: Transformer | Bolmo) -> "LoadedModel":
         """A model that is not there, to compile for."""
-        mask = VocabularyMask(*(np.zeros(model.unembedding.shape[0], bool) for _ in range(2)))
+        rows = model.config.vocab_size * (2 if isinstance(model, Bolmo) else 1)
+        mask = VocabularyMask(*(np.zeros(rows, bool) for _ in range(2)))
         return cls(model, None, None, mask)
 
     @classmethod
