@@ -137,7 +137,7 @@ def inspect(source: Source) -> None:
         run = RunFolder(source)
         start = run.start
         config, vocabulary, suffixes = start.config, start.vocabulary, start.suffixes
-        print_line("steps", f"{checkpoint.latest(run.checkpoints) or 0:,} of {run.settings['steps']:,}")
+        print_line("steps", f"{max(checkpoint.steps(run.checkpoints), default=0):,} of {run.settings['steps']:,}")
         for row in run.log("evaluations").rows:
             bits = ", ".join(f"{side} {value:.3f}" for side, value in row["bits_per_byte"].items())
             print_line(f"after step {row['step']:,}", f"bits per byte: {bits}")

@@ -39,7 +39,7 @@ from minalm.errors import InputError, check_at_least
 from minalm.models.contract import Model, read
 from minalm.models.head import PrefixTree, VocabularyMask
 from minalm.models.mapped import Mapped, bare, with_student
-from minalm.parallel.distributed import barrier, exit_on_input_error, is_first, join
+from minalm.parallel.distributed import barrier, exit_on_input_error, is_first, join, of_first
 from minalm.parallel.mesh import (
     ROWS,
     MeshConfig,
@@ -56,11 +56,13 @@ from minalm.run import checkpoint, console, estimate, setup
 from minalm.run.command_line import Command, parse
 from minalm.run.compute import ComputeConfig
 from minalm.run.export import export
-from minalm.run.folder import RunConfig, RunFolder, check_out, open_run, run_date
+from minalm.run.folder import FINISHED, RunConfig, RunFolder, check_out, open_run, run_date
 from minalm.run.optimizer import OptimizerConfig, learning_rate, make_optimizer, optimizer_shardings
-from minalm.run.recorder import EvaluationConfig, Recorder
+from minalm.run.processes import check_same_inputs, check_same_settings
+from minalm.run.recorder import EvaluationConfig, Recorder, check_weights
 from minalm.run.settings import plain
 from minalm.run.setup import DataConfig, Models, StudentConfig
+from minalm.run.stop import StopSignals
 from minalm.run.trackers import Trackers, TrackingConfig
 from minalm.types import Batch
 
@@ -99,6 +101,10 @@ class Config:
         self.evaluation.check()
         self.run.check()
         self.tracking.check()
+        if self.run.best and (
+            self.evaluation.evaluation_interval is None or not (self.data.held_out or self.data.stdlib)
+        ):
+            raise InputError("--best compares checkpoints on held-out text: give --evaluation-interval and --held-out")
         check_at_least(self, {"seed": 0})
         if self.seed >= 2**31:
             raise InputError(f"--seed is {self.seed}: it must be a number below {2**31}")
@@ -209,8 +215,10 @@ def train_step(
     state: State,
     frozen: Frozen,
     batch: Batch,
+    skips: bool = False,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One update. optax runs here, outside `shard_map`, where a norm is the norm of the whole gradient."""
+    """One update; with `skips`, none where numbers are not finite. optax runs here, outside `shard_map`, where a norm is
+    the norm of the whole gradient."""
     layout = specs(state.student, mesh)
     grad, metrics = shard_map(
         functools.partial(gradients, config, compute),
@@ -222,7 +230,12 @@ def train_step(
         updates, optimizer_state = optimizer.update(grad, state.optimizer, state.student)
     student = optax.apply_updates(state.student, updates)
     metrics["gradient_norm"] = optax.tree.norm(grad)
-    return State(student, optimizer_state, state.step + 1), metrics
+    new = State(student, optimizer_state, state.step + 1)
+    if skips:  # where numbers are not finite, all but the count of steps stays as it is
+        good = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
+        kept = jax.tree.map(lambda now, before: jnp.where(good, now, before), new, state)
+        new = dataclasses.replace(kept, step=new.step)
+    return new, metrics
 
 
 # --- run ----------------------------------------------------------------------------------------------------------
@@ -234,7 +247,16 @@ def main(command: Command) -> None:
     config.run.use_compilation_cache()
     if config.compile_only is not None:
         return console.show_estimate(estimated(config))
+    with StopSignals(config.run.out) as signals:
+        run(command, signals)
+
+
+def run(command: Command, signals: StopSignals) -> None:
+    """Reads, checks and opens all that a run needs, and trains."""
+    config = command.config
     inputs = [*config.student.inputs, *config.data.inputs, *config.losses.inputs]
+    settings, defaults = plain(config), plain(Config(RunConfig(out=Path()), OptimizerConfig(steps=1)))
+    check_same_settings(settings)
     date = run_date(config.run)
     with barrier():
         config.check()
@@ -248,56 +270,77 @@ def main(command: Command) -> None:
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide
 
-    settings, defaults = plain(config), plain(Config(RunConfig(out=Path()), OptimizerConfig(steps=1)))
-    run, changes = RunFolder(config.run.out), []
+    with barrier():
+        prints = setup.fingerprints(config.student, texts, config.losses)
+    check_same_inputs(prints)
+    folder, step, notes = RunFolder(config.run.out), 0, []
     with barrier():
         if is_first():
-            prints = setup.fingerprints(config.student, texts, config.losses)
-            run, changes = open_run(config.run, inputs, settings, defaults, prints, date, models.write_student)
-    with contextlib.closing(run):
-        console.show_run(command, models, mesh, [*changes, *texts.notes], texts, quiet=not is_first())
+            folder, step, notes = open_run(config.run, inputs, settings, defaults, prints, date, models.write_student)
+    with contextlib.closing(folder):
+        console.show_run(command, models, mesh, [*notes, *texts.notes], texts, quiet=not is_first())
+        if (step := of_first(step)) == FINISHED:
+            return console.say(f"The run in {folder.path} is finished: a larger --steps goes on with it.")
         optimizer = make_optimizer(config.optimizer)
         state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype)
+        check_weights([("teacher", frozen.teacher), ("student", state.student), ("student", frozen.student)])
         with barrier():
-            run.check_seen(jax.process_index())
-            if config.run.resume and checkpoint.latest(run.checkpoints) is not None:
-                state = from_items(state, checkpoint.restore(run.checkpoints, items(state)))
-            work = estimate.work(config.data, models, config.losses, mesh, config.compute.dtype)
-            trackers = Trackers(config.tracking, run, settings, int(state.step))
-            recorder = Recorder(run, config.evaluation, texts, config.optimizer.steps, int(state.step), work, trackers)
-        train(config, recorder, optimizer, state, frozen)
+            folder.check_seen(jax.process_index())
+            if step:
+                state = from_items(state, checkpoint.restore(folder.checkpoints, items(state), step))
+        work = estimate.work(config.data, models, config.losses, mesh, config.compute.dtype)
+        with barrier():
+            trackers = Trackers(config.tracking, folder, settings, step)
+            recorder = Recorder(folder, config.run, config.evaluation, texts, config.optimizer, step, work, trackers)
+        train(config, recorder, signals, optimizer, state, frozen)
 
 
 def train(
-    config: Config, recorder: Recorder, optimizer: optax.GradientTransformation, state: State, frozen: Frozen
+    config: Config,
+    recorder: Recorder,
+    signals: StopSignals,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    frozen: Frozen,
 ) -> None:
     """The loop, and the student as a Hugging Face folder. Step n is dispatched before the numbers of step n - 1 are
     fetched. A checkpoint is written last in its step, so that a resumed run has every log row up to it."""
-    run = recorder.run
+    folder, checkpoints = recorder.run, recorder.checkpoints
     first, last, mesh, dtype = int(state.step), config.optimizer.steps, recorder.texts.mesh, config.compute.dtype
-    update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)
-    if first == 0:
-        recorder.evaluate(0, state.student, frozen, dtype)
-    with recorder.bar, contextlib.closing(read_ahead(recorder.texts.batch, first)) as batches:
+    step_of = functools.partial(train_step, config.losses, config.compute, optimizer, mesh)
+    update = jax.jit(functools.partial(step_of, skips=config.optimizer.skip_bad_steps > 0), donate_argnums=0)
+    if first == 0 or recorder.evaluates(first):
+        recorder.evaluate(first, state.student, frozen, dtype)
+    ends = False
+    with (
+        signals.in_loop() as asked_to_end,
+        recorder.bar,
+        checkpoints,
+        contextlib.closing(read_ahead(recorder.texts.batch, first)) as batches,
+    ):
         for step in range(first + 1, last + 1):
             state, metrics = update(state, frozen, shard_rows(next(batches), mesh))
-            saves, evaluates = step % config.run.save_interval == 0 or step == last, recorder.evaluates(step)
-            logs = saves or step % config.run.log_interval == 0
+            ends = asked_to_end()
+            evaluates, logs = recorder.evaluates(step) and not ends, recorder.logs(step)
             recorder.note(step, metrics, float(learning_rate(config.optimizer, step - 1)) if logs else None)
-            if saves or evaluates:  # not before its numbers were found to be good
-                recorder.flush()
+            checkpoints.check()
             if evaluates:
                 recorder.evaluate(step, state.student, frozen, dtype)
-            if saves:
-                checkpoint.save(run.checkpoints, step, items(state))
+            if recorder.saves(step) or ends:
+                recorder.save(step, items(state))
+            if ends:
+                break
+    if ends or asked_to_end():
+        return signals.say_where()
+    recorder.evaluate(last, state.student, frozen, dtype)
+    best = recorder.best()
     with barrier():
         if is_first():  # of a student that lies on several processes, the last checkpoint is read
-            trained = bare(state.student) if jax.process_count() == 1 else None
-            export(run, run.exported, config.compute.compute_dtype, last, trained, replace=True)
-    recorder.evaluate(last, state.student, frozen, dtype)
+            trained = bare(state.student) if jax.process_count() == 1 and best is None else None
+            export(folder, folder.exported, config.compute.compute_dtype, best or last, trained, replace=True)
     with barrier():
         if is_first():
-            recorder.finish()
+            recorder.finish(best)
 
 
 def items(state: State) -> dict[str, Any]:

@@ -127,16 +127,17 @@ def restore(out: Path) -> None:
     mesh = make_mesh(8, 1)
     state = {"student": {"x": jax.device_put(np.arange(16.0, dtype=np.float32), NamedSharding(mesh, P("fsdp")))}}
     for name in ("whole", "damaged"):
-        checkpoint.save(out / name, 1, state)
+        with checkpoint.Checkpoints(out / name) as checkpoints:
+            checkpoints.save(1, state, {}, {})
     with distributed.barrier():
         if jax.process_index() == 0:
             for part in (out / "damaged" / "1").rglob("*"):
                 if part.is_file():
                     part.write_bytes(b"")
-    found = checkpoint.restore(out / "whole", state)["student"]["x"]
+    found = checkpoint.restore(out / "whole", state, 1)["student"]["x"]
     assert all((np.asarray(shard.data) == np.arange(16.0)[shard.index]).all() for shard in found.addressable_shards)
     with distributed.exit_on_input_error(), distributed.barrier():
-        checkpoint.restore(out / ("damaged" if jax.process_index() else "whole"), state)
+        checkpoint.restore(out / ("damaged" if jax.process_index() else "whole"), state, 1)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ MODULES = {
 # never from another folder of its layer.
 LAYERS = (
     ("errors", "types"),
+    ("files",),
     ("text", "parallel"),
     ("tokenization", "packing"),
     ("batches", "models"),
@@ -30,7 +31,7 @@ LAYERS = (
     ("run",),
     ("presets", "generate", "report"),
 )
-HOST = ("errors", "text", "tokenization")  # numpy only
+HOST = ("errors", "files", "text", "tokenization")  # numpy only
 # No part of the package: copied into folders, where transformers runs them.
 COPIED = ("huggingface.modeling_minalm", "huggingface.modeling_bolmo")
 

@@ -208,10 +208,10 @@ def test_errors_of_late_reads_alone_are_not_shown(monkeypatch):
         SimpleNamespace(exc_type=type(error), exc_value=error)
         for error in (RuntimeError("Event loop is closed"), RuntimeError("another"))
     )
-    with checkpoint._late_reads_are_silent():
+    with checkpoint._late_errors_are_silent():
         sys.unraisablehook(late)  # a thread may be faster than the error
     assert shown == [] and sys.unraisablehook is show and not logging.getLogger("asyncio").disabled
-    with pytest.raises(KeyError), checkpoint._late_reads_are_silent():
+    with pytest.raises(KeyError), checkpoint._late_errors_are_silent():
         raise KeyError
     sys.unraisablehook(late)
     assert shown == []

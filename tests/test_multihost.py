@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,13 @@ RUN = {"mesh__fsdp": 4, "mesh__tp": 2, "batch_size": 8, "steps": 20, "save_inter
 
 
 def start(
-    program: Path, *words: object, numbers: Sequence[int] = (0, 1), changes: dict[str, str] | None = None
+    program: Path,
+    *words: object,
+    numbers: Sequence[int] = (0, 1),
+    changes: dict[str, str] | None = None,
+    folders: Sequence[Path] | None = None,
 ) -> list[subprocess.Popen]:
-    """Starts a program in two processes, or some of them."""
+    """Starts a program in two processes, or some of them, each in its folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -39,6 +44,7 @@ def start(
         "JAX_NUM_CPU_DEVICES": "4",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["MINALM_TEST_COMPILED"],
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
@@ -47,6 +53,7 @@ def start(
         subprocess.Popen(
             [sys.executable, program, *map(str, words)],
             env=os.environ | settings | {"JAX_PROCESS_ID": str(number)} | (changes or {}),
+            cwd=None if folders is None else folders[number],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -278,3 +285,114 @@ def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path, changes):
     (sentence,) = stderr.splitlines()
     assert sentence.startswith("error: this process could not join the others (")
     assert not (tmp_path / "run").exists()
+
+
+# --- processes that differ, end or do not come ----------------------------------------------------------------------
+
+
+def write_jobs(root: Path, *jobs: list[str]) -> Path:
+    """For each process one command line."""
+    (root / "jobs.json").write_text(json.dumps([[words] for words in jobs], default=str))
+    return root / "jobs.json"
+
+
+def ended(process: subprocess.Popen, seconds: float) -> tuple[int, list[str], float]:
+    """Exit code, lines of stderr, and how long it took."""
+    began = time.monotonic()
+    try:
+        _, stderr = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, stderr.splitlines(), time.monotonic() - began
+
+
+def trained(out: Path, rows_: int) -> None:
+    """Waits until a run has logged so many steps."""
+    file, deadline = out / "metrics.jsonl", time.monotonic() + 280
+    while not (file.exists() and file.read_bytes().count(b"\n") > rows_) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def goes_on(files, out: Path, root: Path, whole: Path) -> None:
+    """With two processes for two steps, and with one for two more. The logs are those of a run that was left alone."""
+    for together_ in (True, False):
+        saved = max(int(path.name) for path in (out / "checkpoints").iterdir())
+        words = arguments(files, out, **RUN | {"steps": saved + 2}, held_out=files.held_out, resume=True)
+        if together_:
+            found = wait(start(ROOT / "tests" / "several.py", "runs", write_jobs(root, words, words)))
+            assert [code for code, *_ in found] == [0, 0], found
+        else:
+            train.cli(words)
+        assert [row["step"] for row in lines(out)] == [*range(1, saved + 3)]
+    for row, other in zip(lines(out), lines(whole)[:8]):  # the learning rate is that of a longer run
+        np.testing.assert_allclose(row["loss/sft"], other["loss/sft"], rtol=0.2)
+
+
+def test_sigterm_to_one_process_ends_all_after_the_same_step(files, alone, quick_runs, tmp_path):
+    words = arguments(files, tmp_path / "run", **RUN | {"steps": 5000}, held_out=files.held_out)
+    processes = start(ROOT / "tests" / "several.py", "runs", write_jobs(tmp_path, words, words))
+    trained(tmp_path / "run", 12)
+    processes[1].terminate()
+    found = wait(processes)
+    assert [code for code, *_ in found] == [0, 0], found
+    saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert lines(tmp_path / "run")[-1]["step"] == saved  # no step is lost
+    assert f"stands after step {saved}, which is saved" in " ".join(found[0][1].split())
+    assert "stands after" not in found[1][1] and "SIGTERM: the run ends its step" in found[1][2]
+    goes_on(files, tmp_path / "run", tmp_path, alone)
+
+
+@pytest.mark.parametrize("killed", (0, 1))
+def test_where_one_is_killed_the_other_ends_with_a_sentence(files, alone, quick_runs, tmp_path, killed):
+    """Within 90 seconds; and the run goes on, with one process and with two."""
+    words = arguments(files, tmp_path / "run", **RUN | {"steps": 5000}, held_out=files.held_out)
+    processes = start(ROOT / "tests" / "several.py", "runs", write_jobs(tmp_path, words, words))
+    trained(tmp_path / "run", 30)
+    processes[killed].kill()
+    processes[killed].communicate()
+    code, errors, seconds = ended(processes[1 - killed], 90)
+    assert code not in (0, 134, -6) and seconds < 90
+    (sentence,) = [line for line in errors if line]
+    assert sentence.startswith("error: another process of this run has ended or cannot be reached")
+    if killed:
+        goes_on(files, tmp_path / "run", tmp_path, alone)
+
+
+DIFFERENT = {
+    "settings": ({"learning_rate": 0.1}, "--learning-rate is 0.1 on process 1 and 0.002 on process 0"),
+    "resume": ({"resume": True}, "--resume is True on process 1 and False on process 0"),
+    "text": (None, "the training text is not the same on process 1 as on process 0"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_processes_that_differ_do_not_start(files, tmp_path, what):
+    changes, sentence = DIFFERENT[what]
+    if changes is None:  # the same name on both, as on hosts with disks of their own
+        for name in ("0", "1"):
+            (tmp_path / name).mkdir()
+        shutil.copy(files.data, tmp_path / "0" / "data.jsonl")
+        (tmp_path / "1" / "data.jsonl").write_bytes(files.data.read_bytes().replace(b"the", b"thy", 1))
+    words = [arguments(files, tmp_path / "run", **RUN | (changes or {} if n else {})) for n in range(2)]
+    if changes is None:
+        words = [[*line, "--data", "data.jsonl"] for line in words]
+    jobs = write_jobs(tmp_path, *words)
+    processes = start(
+        ROOT / "tests" / "several.py",
+        "runs",
+        jobs,
+        folders=[tmp_path / "0", tmp_path / "1"] if changes is None else None,
+    )
+    found = wait(processes)
+    assert [code for code, *_ in found] == [1, 1]
+    assert sentence in found[0][2] and found[0][2].count("\n") == 1 and found[1][2] == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_never_comes(files, tmp_path):
+    words = arguments(files, tmp_path / "run", **RUN)
+    (process,) = start(ROOT / "tests" / "several.py", "runs", write_jobs(tmp_path, words, words), numbers=[0])
+    code, errors, seconds = ended(process, 120)
+    assert code == 1 and seconds < 90
+    (sentence,) = errors
+    assert sentence.startswith("error: this process could not join the others (")

@@ -42,6 +42,7 @@ from minalm.parallel.mesh import make_mesh, shard
 from minalm.report import __main__ as report
 from minalm.report import runs
 from minalm.run import checkpoint
+from minalm.run import folder as run_folder
 from minalm.run.folder import JsonLines, RunFolder, open_run, start_run
 from minalm.run.settings import flat, plain
 from minalm.run.setup import OF_A_NEW_STUDENT, StudentConfig, fingerprints, load_models, load_texts
@@ -155,7 +156,7 @@ def begin(config: train.Config) -> RunFolder:
     texts = load_texts(config.data, models, config.seed, mesh, DATE, config.losses)
     settings = plain(config)
     prints = fingerprints(config.student, texts, config.losses)
-    run, _ = open_run(config.run, [], settings, settings, prints, DATE, models.write_student)
+    run, _, _ = open_run(config.run, [], settings, settings, prints, DATE, models.write_student)
     run.close()
     return run
 
@@ -202,13 +203,13 @@ def finished(files, saved, tmp_path_factory) -> Path:
     """A byte student by all three losses, trained for 4 steps."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        save = checkpoint.save
+        save = checkpoint.Checkpoints.save
 
-        def keep(folder, step, items):
-            saved[step] = jax.device_get(items["student"])
-            save(folder, step, items)
+        def keep(self, step, items, *notes):
+            saved[step] = jax.tree.map(np.copy, jax.device_get(items["student"]))
+            save(self, step, items, *notes)
 
-        patch.setattr(checkpoint, "save", keep)
+        patch.setattr(checkpoint.Checkpoints, "save", keep)
         run(files, out, held_out=files.held_out, samples=1, evaluation_interval=2)
     return out
 
@@ -349,16 +350,17 @@ def test_rows_of_evaluations_and_samples(finished, files, tmp_path, after):
             k: summary["bits_per_byte"][v] for k, v in (("teacher", "teacher"), ("student", name))
         }
         assert row["agreement"] == summary["agreement"][name]
-    save = checkpoint.save
+    save = checkpoint.Checkpoints.save
 
-    def stop(folder, step, items):
-        if after == "after the checkpoint":
-            save(folder, step, items)
-        raise KeyboardInterrupt
+    def stop(self, step, *what):
+        if step == 1 or after == "after the checkpoint":
+            save(self, step, *what)
+        if step == 2:
+            raise KeyboardInterrupt
 
     changes = {"held_out": files.held_out, "samples": 1, "evaluation_interval": 2}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save", stop)
+        patch.setattr(checkpoint.Checkpoints, "save", stop)
         run(files, tmp_path / "run", **changes)
     assert [row["step"] for row in rows(tmp_path / "run", "evaluations")] == [0, 2]
     run(files, tmp_path / "run", **changes, resume=True)
@@ -412,19 +414,25 @@ def test_the_settings_of_every_preset_are_read_again(tmp_path, preset):
     run.close()
 
 
+def write_signed(file: Path, text: str) -> None:
+    """Settings as the program writes them, with their hash."""
+    file.write_text(f"{text}# {run_folder._mark(text)}")
+
+
 def test_settings_of_other_versions(stopped, files, tmp_path):
     """A setting that the version which began the run did not have was at its default; one that is not known is named."""
     shutil.copytree(stopped, tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
     text = file.read_text()
     go_on = arguments(files, tmp_path / "run", held_out=files.held_out, resume=True)
-    file.write_text(text.replace("clip_norm: null\n", "").replace("  gamma: 0.1\n", ""))
+    text = text[: text.rindex("# ")]
+    write_signed(file, text.replace("clip_norm: null\n", "").replace("  gamma: 0.1\n", ""))
     assert "gamma" not in file.read_text() and "clip_norm" not in file.read_text()
     assert "--losses.gamma is 0.2 but" in refused([*go_on, "--losses.gamma", "0.2"])
     for line, name in (("extra: 1\n", "extra"), ("losses.other: 1\n", "losses.other")):
-        file.write_text(text + line)
+        write_signed(file, text + line)
         assert f"has the setting {name!r}, which this version does not know" in refused(go_on)
-    file.write_text(text.replace("clip_norm: null\n", "").replace("  gamma: 0.1\n", ""))
+    write_signed(file, text.replace("clip_norm: null\n", "").replace("  gamma: 0.1\n", ""))
     train.cli(go_on)
 
 
@@ -446,9 +454,12 @@ def test_other_settings_are_refused(stopped, files, tmp_path, monkeypatch, damag
     file = tmp_path / "run" / "config.yaml"
     damaged = damage(file.read_text())
     assert damaged != file.read_text()
-    file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    if isinstance(damaged, bytes):
+        file.write_bytes(damaged)
+    else:
+        write_signed(file, damaged)
     before = sorted(tmp_path.rglob("*"))
-    sentence = f"error: {file} does not hold the settings of a run as this program writes them: name another folder"
+    sentence = f"error: {file} does not hold the settings of a run as this program wrote them: restore it, or name another folder"
     assert refused(arguments(files, tmp_path / "run", held_out=files.held_out, resume=True)) == sentence
     assert refused_by_convert(monkeypatch, "inspect", tmp_path / "run") == sentence
     assert sorted(tmp_path.rglob("*")) == before
@@ -461,7 +472,7 @@ def test_other_rows_are_refused(finished, files, tmp_path, name):
     for content in (b"{\n", b"[]\n", b'{"a": 1}\n', b"\xff\n"):
         file.write_bytes(content)
         found = refused(arguments(files, tmp_path / "run", held_out=files.held_out, resume=True))
-        assert found == f"error: {file} is not as this program wrote it: remove it, or name another folder"
+        assert f"error: {file} has " in found and "restore it, or go on with what is left by --accept-changes" in found
         assert file.read_bytes() == content
 
 
@@ -519,7 +530,8 @@ def test_export_of_a_trained_expansion(files, tmp_path, monkeypatch):
     folder = begin(config)
     model = load_models(config.student, 64, 0).student.model
     student = jax.tree.map(lambda leaf: jnp.asarray(leaf[:]) * 3, model)
-    checkpoint.save(folder.checkpoints, 1, {"student": student, "rest": {"step": jnp.zeros(())}})
+    with checkpoint.Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(1, {"student": student, "rest": {"step": jnp.zeros(())}}, {}, {})
     convert_run(monkeypatch, "export", folder.path, tmp_path / "out", "--dtype", "float32")
     found, teacher = load_file(tmp_path / "out" / "model.safetensors"), load_file(files.untied / "model.safetensors")
     np.testing.assert_array_equal(found["model.expand_embed_tokens.weight"], teacher["model.embed_tokens.weight"] * 3)
@@ -537,10 +549,10 @@ def test_export_refuses(stopped, files, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     cases = (
         ((fresh.path,), f"there is no checkpoint in {fresh.checkpoints}: train until"),
-        ((stopped, "--step", 3), f"{stopped / 'checkpoints'} has no checkpoint 3: name one of 2"),
+        ((stopped, "--step", 3), f"{stopped / 'checkpoints'} has no checkpoint 3: name one of 1, 2"),
         ((stopped, "--step", -1), "has no checkpoint -1"),
-        ((damaged,), f"the checkpoint {damaged / 'checkpoints' / '2'} is damaged or of another run"),
-        ((torn,), f"{torn / 'student' / 'frozen.safetensors'} is damaged"),
+        ((damaged,), f"the checkpoint {damaged / 'checkpoints' / '2'} is damaged ("),
+        ((torn,), f"{torn / 'student' / 'frozen.safetensors'} has 0 bytes instead of"),
         ((files.untied, "--step", 2), f"{files.untied} is not a run, so it has no checkpoint 2: leave out --step"),
     )
     for (source, *flags), sentence in cases:
@@ -632,15 +644,15 @@ def test_a_narrower_student_compares_hidden_states_through_a_map(files, narrow, 
     """The map is trained and saved with the run, and is no part of the student."""
     changes = {"student": narrow, "teacher_length": 64, "losses__latents_layers": compared}
     saved = {}
-    save = checkpoint.save
+    save = checkpoint.Checkpoints.save
 
-    def keep(folder, step, items):
-        saved[step] = jax.device_get(items)
-        save(folder, step, items)
+    def keep(self, step, items, *notes):
+        saved[step] = jax.tree.map(np.copy, jax.device_get(items))
+        save(self, step, items, *notes)
 
     whole, stopped, divided = (tmp_path / name for name in ("whole", "stopped", "divided"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", keep)
+        patch.setattr(checkpoint.Checkpoints, "save", keep)
         run(files, whole, **changes, save_interval=1)
     said = " ".join(capsys.readouterr().out.split())
     assert "hidden states of width 16 are compared with the teacher's of width 24 through a map" in said
@@ -1026,6 +1038,7 @@ def test_parameters_that_are_not_finite_are_not_saved(files, tmp_path):
         found = refused(arguments(files, tmp_path / "run", steps=2, save_interval=1))
     assert "step 2 left parameters that are not finite, so they are not saved" in found
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()] == ["1"]
+    assert "the last good checkpoint is that after step 1" in found
     assert not (tmp_path / "run" / "hf").exists() and not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -1155,7 +1168,7 @@ def test_a_damaged_checkpoint_is_one_sentence(stopped, tmp_path):
     for _ in range(2):
         done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True, timeout=200)
         assert done.returncode == 1 and re.fullmatch(
-            "error: the checkpoint .* is damaged or of another run: .*\n", done.stderr
+            "error: the checkpoint .* is damaged .*: use that after step 1\n", done.stderr
         )
 
 
@@ -1343,10 +1356,11 @@ def test_numbers_that_are_not_finite_stop_the_run(files, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "shard_rows", shard_rows)
     found = refused(arguments(files, tmp_path / "run", save_interval=1))
-    assert "step 3 gave numbers that are not finite" in found and "--clip-norm" in found
+    assert "step 3 gave numbers that are not finite (" in found and "loss/sft nan" in found and "--clip-norm" in found
+    assert found.count(f"{files.data}, line ") == 4 and "the last good checkpoint is that after step 1" in found
     assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2]
     saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert saved == {"1", "2"}  # nothing is saved after it
+    assert saved == {"1", "not-finite-2"}  # nothing is saved after it, and what led there is set aside
     assert not (tmp_path / "run" / "hf").exists() and not (tmp_path / "run" / "summary.json").exists()
 
 

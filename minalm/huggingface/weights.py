@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from minalm.errors import InputError
+from minalm.files import sync, sync_below
 from minalm.huggingface import families
 from minalm.huggingface.families import DTYPES, Parts, TensorMap
 from minalm.huggingface.kinds import code, config_values, parse_config, tensor_maps
@@ -217,16 +219,20 @@ def new_folder(
     values = {**(keys or {}), **config_values(config, dtype)}
     family, _ = parse_config(str(folder / "config.json"), values)  # refuses `keys` that could not be read back
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:12]}")
     partial.mkdir()
     try:
         for name, content in {"config.json": values, **(files or {})}.items():
             (partial / name).write_bytes(content if isinstance(content, bytes) else _json(content))
         yield partial, tensor_maps(family, config)
+        sync_below(partial)
         partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write alone does not say where
+            raise OSError(error.errno, error.strerror, str(folder)) from error
         raise
+    sync(folder.parent)
 
 
 def write_part(file: Path, arrays: Mapping[str, Any], names: Mapping[str, Parts], dtype: np.dtype | None) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from jaxtyping import PyTree
 
 from minalm.huggingface.folder import save
-from minalm.run.checkpoint import restore
+from minalm.run.checkpoint import check_whole, restore
 from minalm.run.folder import RunFolder
 
 
@@ -27,6 +27,7 @@ def export(
     """
     start = run.start
     if trained is None:
+        step = check_whole(run.checkpoints, step)
         trained = restore(run.checkpoints, {"student": start.trained()}, step)["student"]
     if replace:
         shutil.rmtree(out, ignore_errors=True)

@@ -25,6 +25,7 @@ LOWEST = {
     "beta1": 0.0,
     "beta2": 0.0,
     "weight_decay": 0.0,
+    "skip_bad_steps": 0,
 }
 MOST_STEPS = 2**31 - 1  # that the state's int32 counts
 
@@ -58,6 +59,8 @@ class OptimizerConfig:
     """Bolmo students: peak learning rate of the teacher's layers in the middle. Default: that of all else."""
     clip_norm: float | None = None
     """Largest norm of the gradient; a longer one is scaled down to it."""
+    skip_bad_steps: int = 0
+    """How many steps of a run may give numbers that are not finite: they change nothing. The next one ends the run."""
 
     def check(self) -> None:
         """Raises InputError for values that make no sense, or none in float32, in which the optimizer computes."""
@@ -115,7 +118,7 @@ def decays(student: PyTree) -> PyTree:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW at `learning_rate`, on gradients of at most `clip_norm`."""
+    """AdamW at `learning_rate`, on gradients of at most `clip_norm`. Its state has one structure, with and without."""
     adamw = optax.adamw(
         functools.partial(learning_rate, config, np=jnp),
         config.beta1,
@@ -124,12 +127,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=None if config.decay_all or config.weight_decay == 0.0 else decays,
     )
-    parts = [adamw]
-    if config.clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    parts = [clip, adamw]
     if config.block_learning_rate is not None:
         parts.append(blocks_scaled(config.block_learning_rate / config.learning_rate))
-    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+    return optax.chain(*parts)
 
 
 def blocks_scaled(factor: float) -> optax.GradientTransformation:

@@ -543,6 +543,11 @@ class Texts:
         ratio = ratio_at(*config.bytes_per_patch, config.compression_steps, step)
         return with_longer_patches(batch, config.compression, ratio, self.seed, step)
 
+    def places(self, step: int) -> list[str]:
+        """Where the pieces of the update after `step` others are, of all processes."""
+        order = self.training.order(self.seed, step, self.config.batch_size)
+        return [self.training.where(number) for number in order.tolist()]
+
     def first_chat(self) -> Piece | None:
         """The first piece of training text that is of a chat, if there is one among the first thousand."""
         pieces = map(self.training.piece, range(min(len(self.training), 1000) if self.training.has_chats else 0))

@@ -41,6 +41,14 @@ class InMemory:
         text = self.texts[document]
         return _text_piece(text[start:stop], ends=stop > len(text))
 
+    def where(self, number: int) -> str:
+        """Where a piece is, in words."""
+        document, start, _ = _bounds(self.first, self.stop, number)
+        return f"document {document + 1} from byte {start}"
+
+
+NEWLINE = b"\n"
+
 
 @dataclass(frozen=True, eq=False)
 class Files:
@@ -86,6 +94,17 @@ class Files:
             return _read_piece(text)
         return next(spans(self.reader.parse(line), [(start, stop)]))
 
+    def where(self, number: int) -> str:
+        """Where a piece is, in words."""
+        document, start, _ = _bounds(self.index.first, self.index.stop, number)
+        place = int(self.index.place[document])
+        file = self.files[int(np.searchsorted(self.index.of_file, document, side="right")) - 1]
+        if not file.label:
+            return f"{file.name} from byte {place + start}"
+        with open(file.path, "rb") as opened:
+            blocks = (opened.read(min(1 << 20, place - first)) for first in range(0, place, 1 << 20))
+            return f"{file.name}, {file.label} {1 + sum(block.count(NEWLINE) for block in blocks)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
@@ -112,6 +131,11 @@ class Corpus:
         """Piece `number`. Raises InputError if its file has changed since it was read."""
         source = int(np.searchsorted(self.first, number, side="right")) - 1
         return self.sources[source].piece(number - self.first[source])
+
+    def where(self, number: int) -> str:
+        """Where piece `number` is, in words."""
+        source = int(np.searchsorted(self.first, number, side="right")) - 1
+        return self.sources[source].where(number - self.first[source])
 
     def order(self, seed: int, step: int, size: int) -> Int64[np.ndarray, " size"]:
         """Numbers of the pieces in batch `step`: a function of the arguments, `len(self)` and `shares` alone.
