@@ -3,6 +3,7 @@
     python benchmarks/recipes.py                    # all recipes, 250 steps, three shares of the text
     python benchmarks/recipes.py --table quickstart # the quickstart's own setting: the README's table
     python benchmarks/recipes.py --table cross      # quickstart-cross: a narrower model of random weights
+    python benchmarks/recipes.py --table bolmo      # the quickstart beside quickstart-bolmo: equal bytes of training
 
 Each recipe takes its learning rate from runs on all of the text with seed 0, measured on other held-out rows than the
 table is; the grid grows by a factor of 2 until its edge is not the best. One process a core, one core a process.
@@ -44,26 +45,24 @@ RECIPES = {  # name -> weights of the losses that are on, and further flags
 PAIRS = "pair-bias.safetensors"  # in --out
 MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
 SFT, ALM = ([*"--losses.next-byte 0 --losses.sft 1 --losses.alm".split(), weight] for weight in "01")
-PRESETS = {  # name of a table -> (preset, rows: what is changed)
-    "quickstart": (
-        "quickstart",
-        {
-            "the quickstart (next byte + sft)": [],
-            "sft alone": SFT,
-            "alm + sft": ALM,
-            "control: random weights, sft alone": [*SFT, "--student-weights", "random"],
-        },
-    ),
-    "cross": (
-        "quickstart-cross",
-        {
-            "next byte + sft": [],
-            "next byte + sft + latents": ["--losses.latents", "1"],
-            "sft": SFT,
-            "alm + sft": ALM,
-            "alm + sft + latents": [*ALM, "--losses.latents", "1"],
-        },
-    ),
+PRESETS = {  # name of a table -> for each row the preset, and what is changed
+    "quickstart": {
+        "the quickstart (next byte + sft)": ("quickstart", []),
+        "sft alone": ("quickstart", SFT),
+        "alm + sft": ("quickstart", ALM),
+        "control: random weights, sft alone": ("quickstart", [*SFT, "--student-weights", "random"]),
+    },
+    "cross": {
+        "next byte + sft": ("quickstart-cross", []),
+        "next byte + sft + latents": ("quickstart-cross", ["--losses.latents", "1"]),
+        "sft": ("quickstart-cross", SFT),
+        "alm + sft": ("quickstart-cross", ALM),
+        "alm + sft + latents": ("quickstart-cross", [*ALM, "--losses.latents", "1"]),
+    },
+    "bolmo": {
+        "byte student with expansion": ("quickstart", []),
+        "Bolmo": ("quickstart-bolmo", []),
+    },
 }
 
 
@@ -71,7 +70,7 @@ PRESETS = {  # name of a table -> (preset, rows: what is changed)
 class Settings:
     """What is compared."""
 
-    table: Literal["recipes", "quickstart", "cross"] = "recipes"
+    table: Literal["recipes", "quickstart", "cross", "bolmo"] = "recipes"
     recipes: tuple[str, ...] = tuple(RECIPES)
     """Names of RECIPES."""
     steps: int = 250
@@ -113,14 +112,16 @@ def one_core(cores) -> None:
     sys.stdout = open(os.devnull, "w")
 
 
-def measured(summary: dict) -> tuple[float, ...]:
-    """MEASURES of a run's student."""
+def measured(summary: dict) -> tuple[float | None, ...]:
+    """MEASURES of a run's student; None: of a Bolmo not measured."""
     others = (summary[name]["student_end"] for name in ("agreement", "greedy", "calibration"))
     return summary["bits_per_byte"]["student_end"], *others
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float | None]) -> str:
     """Mean and standard deviation of a sample."""
+    if None in values:
+        return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
 
@@ -215,8 +216,7 @@ def main(settings: Settings) -> None:
 
 
 def presets(settings: Settings, pool: ProcessPoolExecutor) -> None:
-    """A preset as it is (the README's table is of the quickstart), and what it is compared with."""
-    preset, changes = PRESETS[settings.table]
+    """Presets as they are (the README's table is of the quickstart), and what they are compared with."""
     rows = {
         name: [
             pool.submit(
@@ -224,7 +224,7 @@ def presets(settings: Settings, pool: ProcessPoolExecutor) -> None:
             )
             for seed in settings.seeds
         ]
-        for number, (name, flags) in enumerate(changes.items())
+        for number, (name, (preset, flags)) in enumerate(PRESETS[settings.table].items())
     }
     print(f"| | {' | '.join(MEASURES)} | seconds |")
     print("|---" * (2 + len(MEASURES)) + "|")
