@@ -1,6 +1,7 @@
 """Runs of train.py that make a Bolmo: both stages, going on exactly, what they read, and bad input."""
 
 import json
+import re
 from dataclasses import replace
 
 import equinox as eqx
@@ -8,18 +9,19 @@ import jax
 import numpy as np
 import pytest
 import small_tokenizers as small
-from test_train import arguments, exported, files, interrupted, lines, quick_compilation, run, tiny_preset  # noqa: F401
+from test_train import arguments, exported, files, interrupted, lines, quick_compilation, refused, run, tiny_preset  # noqa: F401
 
-import train
 from minalm.batches import Side, make_batch, with_longer_patches
+from minalm.distill.losses import LossConfig
 from minalm.errors import InputError
-from minalm.huggingface.folder import read_start
+from minalm.huggingface.folder import GenerationConfig, read_start
 from minalm.huggingface.loaded import LoadedModel
 from minalm.models.bolmo_student import pooled
-from minalm.models.config import ModelConfig
+from minalm.models.config import BolmoConfig, ModelConfig
+from minalm.models.kinds import abstract
 from minalm.models.transformer import initialize, leaves
 from minalm.run.optimizer import OptimizerConfig, make_optimizer
-from minalm.run.setup import StudentConfig, bolmo_config, new_student
+from minalm.run.setup import Models, StudentConfig, bolmo_config, for_losses, new_student
 from minalm.text.documents import Segment, Special
 from minalm.tokenization.compression import kept_by_pairs, kept_by_space, ratio_at
 from minalm.tokenization.suffixes import bolmo_suffixes
@@ -92,44 +94,52 @@ def test_stage_2_begins_with_what_came_of_stage_1(files, first, tmp_path):
     assert all(not np.array_equal(after[name], tensor) for name, tensor in before.items() if "layers" in name)
 
 
-@pytest.mark.parametrize(
-    "changes, sentence",
-    (
-        ({"losses__balance": None}, "gradmag weighs by gradients of the last layer, which a Bolmo's boundaries"),
+def test_bad_input_is_one_sentence(files, tmp_path):
+    """Found before a model is read."""
+    cases = (
         ({"losses__guided": None}, "--losses.representation compares with a teacher that guides: add"),
-        (
-            {"losses__guided": None, "losses__representation": 0},
-            "alm compares a Bolmo's patches with the teacher's tokens",
-        ),
-        ({"losses__latents": 1}, "--losses.latents is not for a Bolmo, which has no states"),
-        ({"losses__representation_blocks": 9}, "--losses.representation-blocks is 9, but the teacher has 3 layers"),
-        ({"local_heads": 5}, "--local-heads 5 does not divide half of the teacher's width of 24"),
         ({"student_tokenizer": "x.json"}, "--student-tokenizer is not for --kind bolmo"),
         ({"kind": None, "local_heads": None}, "--decoder-layers is for Bolmo students: add --kind bolmo"),
         ({"kind": None, "local_heads": None, "decoder_layers": None}, "--no-train-blocks is for Bolmo students"),
-        (
-            {"teacher_length": 20},
-            "of the text in the first batches has no place in rows of --student-length 72 bytes and",
-        ),
-        ({"compression": "space"}, "--compression is for stage 2 of a Bolmo, without a loss that compares"),
-        ({"bytes_per_patch": None, "compression_steps": 5}, "--compression-steps is for --compression: add that"),
+        ({"compression_steps": 5}, "--compression-steps is for --compression: add that"),
         ({"teacher": None}, "need a teacher"),
         ({"block_learning_rate": 0.1, "learning_rate": 0}, "--block-learning-rate is a multiple of --learning-rate"),
-    ),
-    ids=lambda value: value[:30] if isinstance(value, str) else "",
-)
-def test_bad_input_is_one_sentence(files, tmp_path, capsys, changes, sentence):
-    with pytest.raises(SystemExit) as end:
-        train.cli(arguments(files, tmp_path / "run", **{**STAGE_1, **changes}))
-    assert end.value.code not in (0, None)
-    assert sentence in " ".join(capsys.readouterr().err.split())
+        ({"decoder_layers": 1}, "--decoder-layers is 1: it must be a number of at least 2"),
+    )
+    for changes, sentence in cases:
+        assert sentence in refused(arguments(files, tmp_path / "run", **{**STAGE_1, **changes})), changes
+        assert not (tmp_path / "run").exists()
+
+
+def test_losses_that_a_student_does_not_have_are_refused(files):
+    """Of models whose shapes alone are known."""
+    shape = BolmoConfig(260, 40, teacher().model.config, heads=2, mlp=8, decoder_layers=2)
+    of_bolmo, other = (
+        Models(LoadedModel.of_shapes(model), None, model, GenerationConfig())
+        for model in map(abstract, (shape, shape.blocks))
+    )
+    cases = (
+        (of_bolmo, LossConfig(alm=0.0), "gradmag weighs by gradients of the last layer, which a Bolmo's boundaries"),
+        (of_bolmo, LossConfig(balance="fixed"), "alm compares a Bolmo's patches with the teacher's tokens"),
+        (of_bolmo, LossConfig(alm=0.0, latents=1.0, balance="fixed"), "--losses.latents is not for a Bolmo"),
+        (
+            of_bolmo,
+            LossConfig(representation=1.0, guided=True, balance="fixed"),
+            "--losses.representation-blocks is 4, but the teacher has 2 layers",
+        ),
+        (other, LossConfig(boundary=1.0), "--losses.boundary is for Bolmo students: add --kind bolmo"),
+    )
+    for models, losses, sentence in cases:
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            for_losses(models, losses, 0)
+
+
+def test_text_that_has_no_place_is_said_or_refused(files, tmp_path):
+    found = refused(arguments(files, tmp_path / "run", **{**STAGE_1, "teacher_length": 20}))
+    assert re.search(
+        r"\d+\.\d\d% of the text in the first batches has no place in rows of --student-length 72 bytes", found
+    )
     assert not (tmp_path / "run").exists()
-
-
-def test_the_losses_of_a_bolmo_are_for_no_other(files, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train.cli(arguments(files, tmp_path / "run", losses__boundary=1))
-    assert "--losses.boundary is for Bolmo students: add --kind bolmo" in " ".join(capsys.readouterr().err.split())
 
 
 # --- what a new one begins with -----------------------------------------------------------------------------------
