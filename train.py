@@ -369,8 +369,8 @@ def estimated(config: Config) -> estimate.Estimate:
     state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype, shard_shapes)
     update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)
     arguments = state, frozen, estimate.batch_shapes(data, models, mesh, config.losses.chunks == "unbiased")
-    own = estimate.run_flops(data, models, config.losses)
-    return estimate.estimate(update, arguments, topology, mesh, own, config.optimizer.steps)
+    own, parts = (count(data, models, config.losses) for count in (estimate.run_flops, estimate.bolmo_flops))
+    return estimate.estimate(update, arguments, topology, mesh, own, config.optimizer.steps, parts)
 
 
 def cli(arguments: list[str], of_several: bool = False) -> None:

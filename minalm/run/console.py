@@ -284,6 +284,8 @@ def show_estimate(estimate: Estimate) -> None:
     table.add_row(
         "FLOPs", f"{estimate.flops:.3g}", f"{whole:.3g} in all: {whole / own:.2f} x the model's own {own:.3g}"
     )
+    for name, flops in estimate.flops_of.items():
+        table.add_row(f"  {name}", f"{flops / mesh.size:.3g}", f"{flops / own:.1%} of the model's own")
     if chip:
         bound = estimate.compute_bound
         table.add_row("bound by compute", f"{bound:.3f} s", f"at {chip.peak / 1e12:.0f} TFLOP/s")

@@ -196,23 +196,26 @@ def peak(kind: str, chips: int, dtype: jnp.dtype) -> float | None:
 
 def run_flops(data: DataConfig, models: Models, losses: LossConfig) -> float:
     """`model_flops` of a run's step."""
+    if parts := bolmo_flops(data, models, losses):
+        return sum(parts.values())
     teacher = models.teacher.model.config if losses.needs_teacher else None
     student = models.student.model.config
-    if isinstance(student, BolmoConfig):
-        return bolmo_flops(data, student, teacher, losses)
     return model_flops(student, teacher, data.batch_size, data.student_length, data.teacher_length)
 
 
-def bolmo_flops(data: DataConfig, student: BolmoConfig, teacher: ModelConfig | None, losses: LossConfig) -> float:
-    """`model_flops` of a step of a Bolmo. In stage 1 the first blocks of the teacher in its middle are frozen: their
-    backward pass has the product for the inputs alone."""
+def bolmo_flops(data: DataConfig, models: Models, losses: LossConfig) -> dict[str, float]:
+    """`model_flops` of a step of a Bolmo by its parts; of another student nothing. In stage 1 the first blocks of the
+    teacher in its middle are frozen: their backward pass has the product for the inputs alone."""
+    student = models.student.model.config
+    if not isinstance(student, BolmoConfig):
+        return {}
     rows, patches = data.batch_size, min(data.student_length, data.teacher_length)
-    total = 3.0 * sum(byte_flops(student, rows, data.student_length).values())
-    total += 3.0 * 2.0 * rows * patches * student.embed**2  # pool
-    if teacher is None:
-        return total + 3.0 * block_flops(student.blocks, rows, patches, student.blocks.layers)
-    total += 2.0 * block_flops(student.blocks, rows, patches, losses.representation_blocks)
-    return total + forward_flops(teacher, rows, data.teacher_length)
+    parts = {name: 3.0 * flops for name, flops in byte_flops(student, rows, data.student_length).items()}
+    parts["pooling"] = 3.0 * 2.0 * rows * patches * student.embed**2
+    if not losses.guided:
+        return {**parts, "blocks of patches": 3.0 * block_flops(student.blocks, rows, patches, student.blocks.layers)}
+    parts["first blocks of patches"] = 2.0 * block_flops(student.blocks, rows, patches, losses.representation_blocks)
+    return {**parts, "teacher": forward_flops(models.teacher.model.config, rows, data.teacher_length)}
 
 
 def product_flops(jaxpr: jax.extend.core.Jaxpr, platform: str) -> float:
@@ -304,6 +307,7 @@ class Estimate:
     flops: float  # of the matrix products
     model_flops: float  # of the whole step on all chips, with nothing computed twice
     steps: int  # of the run
+    flops_of: Mapping[str, float]  # the model's own FLOPs by what they are; empty: not told apart
     compiled: jax.stages.Compiled
 
     @property
@@ -320,12 +324,18 @@ class Estimate:
 
 
 def estimate(
-    step: Any, arguments: tuple[PyTree, PyTree, PyTree], topology: Topology, mesh: Mesh, model_flops: float, steps: int
+    step: Any,
+    arguments: tuple[PyTree, PyTree, PyTree],
+    topology: Topology,
+    mesh: Mesh,
+    model_flops: float,
+    steps: int,
+    flops_of: Mapping[str, float] | None = None,
 ) -> Estimate:
     """Compiles a step and says what it takes. Raises InputError if it does not fit.
 
     `step` is the function that the run would call, from `jax.jit`, and `arguments` are its arguments, state, frozen and
-    batch, as shapes on the mesh. `model_flops` and `steps` are kept as they are.
+    batch, as shapes on the mesh. `model_flops`, `steps` and `flops_of` are kept as they are.
     """
     state, frozen, batch = arguments
     parts = {
@@ -350,6 +360,7 @@ def estimate(
         flops=product_flops(traced.jaxpr.jaxpr, "tpu" if topology.chip else "cpu"),
         model_flops=model_flops,
         steps=steps,
+        flops_of=flops_of or {},
         compiled=compiled,
     )
     found.check()

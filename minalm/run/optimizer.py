@@ -111,10 +111,13 @@ def learning_rate(config: OptimizerConfig, done: Any, np: ModuleType = numpy) ->
 def decays(student: PyTree) -> PyTree:
     """True in the place of each parameter that weight decay pulls to 0: of all but norms and biases, by their names, and
     but what a Bolmo looks up."""
-    kept = ("norm", "bias", *(("embed", "expansion") if isinstance(student, Bolmo) else ()))
-    return jax.tree.map_with_path(
-        lambda path, _: not jax.tree_util.keystr(path[-1:], simple=True).endswith(kept), student
-    )
+    looked_up = ("embed", "expansion") if isinstance(student, Bolmo) else ()
+
+    def decayed(path, _):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return not name.endswith(("norm", "bias")) and name not in looked_up
+
+    return jax.tree.map_with_path(decayed, student)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
