@@ -40,7 +40,12 @@ def test_what_does_not_exist_is_answered_with_the_nearest(words, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", train.PRESETS)
+FEW = ("quickstart", "quickstart-cross", "quickstart-bolmo", "gemma2-2b-it-byte")  # one of each kind
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in train.PRESETS]
+)
 def test_the_settings_of_a_run_are_a_file_for_another(name, tmp_path):
     """Every setting of every preset, none of which needs to be named again; what is done with a folder does not repeat."""
     file = tmp_path / "config.yaml"
