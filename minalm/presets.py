@@ -133,7 +133,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             ),
             losses=BOLMO_STAGE_2,
             optimizer=OptimizerConfig(
-                steps=1_500, learning_rate=6e-3, warmup_steps=50, weight_decay=0.1, clip_norm=0.5
+                steps=1_000, learning_rate=6e-3, warmup_steps=50, weight_decay=0.1, clip_norm=0.5
             ),
             compute=ComputeConfig(compute_dtype="float32"),
         ),

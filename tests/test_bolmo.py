@@ -19,6 +19,7 @@ from minalm.models.head import VocabularyMask
 from minalm.models.kinds import abstract, parameter_counts
 from minalm.models.transformer import leaves
 from minalm.parallel.mesh import P, make_mesh, shard_map
+from minalm.run.estimate import byte_flops
 from minalm.types import Guide, Tokens
 
 OLMO = dict(norm_eps=1e-6, rope=Rope(500_000.0), pre_norms=False, post_norms=True, qk_norm="all", tied=False)
@@ -48,6 +49,22 @@ def test_parameter_counts_are_those_of_the_published_models(config, blocks, loca
     assert of("pool.") == of("depool.") == config.embed**2 + config.embed
     assert parameter_counts(config)["expansion"] == 100_278 * config.embed
     assert parameter_counts(config)["all"] == total
+
+
+def test_flops_of_bytes_are_two_for_each_weight():
+    config = published(2048, 8192, 16, 16, 2816)
+    sizes = {name: leaf.size for name, leaf in leaves(abstract(config)).items()}
+    norms_and_biases = ("norm", "bias")
+    blocks = sum(
+        size
+        for name, size in sizes.items()
+        if name.startswith(("encoder.", "decoder.", "last.")) and not name.endswith(norms_and_biases)
+    )
+    flops = byte_flops(config, batch=3, time=7)
+    assert flops["byte blocks"] == 2 * 21 * blocks
+    around = sizes["boundary.q"] + sizes["boundary.k"] + sizes["depool.weight"] + sizes["unembed"]
+    assert flops["predictor, projection, head"] == 2 * 21 * around
+    assert flops["cells"] == 21 * 5 * 16 * (2 * 64 * 128 + 2 * 64 * 128)  # a product is added, and one is read
 
 
 # --- where patches end --------------------------------------------------------------------------------------------

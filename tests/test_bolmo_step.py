@@ -253,7 +253,7 @@ def expected(losses):
     return found
 
 
-@pytest.mark.parametrize("losses", (STAGE_1, STAGE_2), ids=("stage 1", "stage 2"))
+@pytest.mark.parametrize("losses", (STAGE_1, pytest.param(STAGE_2, marks=pytest.mark.slow)), ids=("stage 1", "stage 2"))
 def test_losses_are_those_of_plain_numpy(losses):
     _, metrics = reference(losses)
     wanted = expected(losses)
@@ -282,6 +282,7 @@ def test_how_a_step_is_computed_changes_nothing(losses, changes):
     assert_near(grad, reference(losses)[0])
 
 
+@pytest.mark.slow
 def test_stage_1_trains_all_around_the_blocks_and_stage_2_all():
     ones, _ = reference(STAGE_1)
     assert not [name for name in ones if name.startswith("patches.")]

@@ -146,7 +146,7 @@ def byte_flops(config: BolmoConfig, batch: int, time: int) -> dict[str, float]:
     """FLOPs of the matrix products of one forward pass over [batch, time] bytes by what reads every byte of a Bolmo:
     its cells (what their recurrence needs), the rest of its byte blocks, and all around them."""
     blocks = config.encoder_layers + config.decoder_layers
-    maps = 5 * config.embed**2 + 2 * config.embed * config.heads + 3 * config.embed * config.mlp
+    maps = 4 * config.embed**2 + 2 * config.embed * config.heads + 3 * config.embed * config.mlp
     around = 3 * config.embed**2 + 2 * config.vocab_size * config.embed  # predictor, depool; head
     each = {
         "cells": 2 * blocks * config.heads * config.key_dim * config.value_dim,
