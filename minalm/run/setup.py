@@ -544,7 +544,10 @@ class Texts:
         return with_longer_patches(batch, config.compression, ratio, self.seed, step)
 
     def places(self, step: int) -> list[str]:
-        """Where the pieces of the update after `step` others are, of all processes."""
+        """Where the pieces of the update after `step` others are, of all processes. Of packed rows, only which steps'."""
+        if self.packer is not None:
+            size = steps_of_group(self.config.batch_size)
+            return [f"some of those that are packed for steps {step - step % size + 1} to {step - step % size + size}"]
         order = self.training.order(self.seed, step, self.config.batch_size)
         return [self.training.where(number) for number in order.tolist()]
 
