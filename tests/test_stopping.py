@@ -447,8 +447,10 @@ def test_left_overs_are_cleared(stopped, untrained):
 def test_names_that_are_no_folders(tmp_path):
     for name, words in (
         ("gs://bucket/run", "mount it, or name a folder"),
-        (f"{tmp_path}/a\\b", "characters that libraries read in other ways"),
-        (f"{tmp_path}/a\nb", "characters that libraries read in other ways"),
+        (f"{tmp_path}/a\\b", "cannot be read again from folders with"),
+        (f"{tmp_path}/a[0]", "cannot be read again from folders with"),
+        (f"{tmp_path}/gs:/run", "cannot be read again from folders with"),
+        (f"{tmp_path}/a\nb", "cannot be read again from folders with"),
         (f"{tmp_path}/\udcff", "is not UTF-8"),
     ):
         assert words in refused(Path(name) if "://" not in name else name)

@@ -104,8 +104,12 @@ def check_name(out: Path) -> None:
         raise InputError(
             f"--out {out} names {scheme[0]}/, but a run is written to folders: mount it, or name a folder of a disk"
         )
-    if "\\" in str(out) or not str(out).isprintable():
-        raise InputError(f"--out {str(out)!r} has characters that libraries read in other ways: name another folder")
+    place = str(out.absolute())
+    if re.search(r"[\\\[\]]|:/", place) or not place.isprintable():
+        raise InputError(
+            f"--out {place!r}: checkpoints cannot be read again from folders with \\, [, ], or a colon at the end of a name, "
+            "or with characters that do not print: name another folder"
+        )
 
 
 def is_run(path: Path) -> bool:
