@@ -38,7 +38,7 @@ def join() -> None:
     JAX finds TPU pods, SLURM and Open MPI by itself. Elsewhere the environment describes the cluster: `SETTINGS`.
     """
     address, count, number = map(os.environ.get, SETTINGS)
-    jax.config.update("jax_enable_preemption_service", False)  # so that SIGTERM ends a process, as it does a single one
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is heard by run.stop
     try:
         jax.distributed.initialize(
             num_processes=None if count is None else int(count),
