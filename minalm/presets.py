@@ -144,6 +144,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             run=RunConfig(out=Path("runs/quickstart-cross")),
             student=StudentConfig(
                 teacher=TEACHER,
+                student_weights="random",
                 expansion=False,
                 architecture=ModelConfig(
                     vocab_size=320,  # replaced by as many as the special tokens need

@@ -704,7 +704,7 @@ def test_settings_that_an_existing_student_excludes(finished, files, tmp_path, m
         found = refused(arguments(files, tmp_path / "run", student=finished / "hf", **{name: value}))
         assert found == f"error: --student brings its own tokenizer and tables: leave out {flag}"
     own = ["quickstart-teacher", "--out", str(tmp_path / "run"), "--student", str(finished / "hf")]
-    assert "this preset pretrains an architecture of its own: use another" in refused(own)
+    assert "this preset trains an architecture of its own from random weights: use another" in refused(own)
     for tokenizer in ("bytes", files.tokenizer):  # nor can what has an expansion get another one
         found = refused(arguments(files, tmp_path / "run", teacher=finished / "hf", student_tokenizer=tokenizer))
         assert "the model is a byte student with an input expansion" in found

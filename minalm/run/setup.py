@@ -121,10 +121,11 @@ class StudentConfig:
         """Raises InputError for settings that do not go together."""
         if self.train_expansion and not self.expansion:
             raise InputError("--train-expansion trains a table that --no-expansion leaves out: choose one")
-        of_its_own = self.teacher is None or losses.needs_teacher
+        of_its_own = self.teacher is None or self.student_weights == "random"
         if self.architecture is not None and (self.student is not None or not of_its_own):
             raise InputError(
-                "this preset pretrains an architecture of its own: use another with --teacher or --student"
+                "this preset trains an architecture of its own from random weights: use another with --teacher or "
+                "--student"
             )
         if self.teacher is None:
             if losses.needs_teacher:
