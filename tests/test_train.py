@@ -45,7 +45,7 @@ from minalm.run import checkpoint
 from minalm.run import folder as run_folder
 from minalm.run.folder import JsonLines, RunFolder, open_run, start_run
 from minalm.run.settings import flat, plain
-from minalm.run.setup import OF_A_NEW_STUDENT, StudentConfig, fingerprints, load_models, load_texts
+from minalm.run.setup import OF_A_NEW_BOLMO, OF_A_NEW_STUDENT, StudentConfig, fingerprints, load_models, load_texts
 from minalm.text.corpus import read_corpus, text_corpus
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.train_bpe import train_bpe
@@ -698,6 +698,8 @@ def test_settings_that_an_existing_student_excludes(finished, files, tmp_path, m
         "tied": ("False", "--tied"),
         "student_weights": ("random", "--student-weights"),
         "no_expansion": (True, "--no-expansion"),
+        "kind": ("bolmo", "--kind"),
+        **{name: ("8", f"--{name.replace('_', '-')}") for name in OF_A_NEW_BOLMO},
     }
     assert {name.removeprefix("no_") for name in changes} == set(OF_A_NEW_STUDENT)
     for name, (value, flag) in changes.items():
