@@ -31,7 +31,7 @@ from minalm.types import BytePlaces, ByteTargets, ModelOutput, PatchOutput, Toke
 LOG_HALF = math.log(0.5)
 MOST_ALIKE = 1.0 - 1e-3  # cosine from which on a boundary is not less probable
 NEVER = -1e5  # the log-probability of a boundary where no next byte can be seen
-IGATE_BIAS = -10.0  # of the input gates at the start: the memory fills slowly
+INPUT_GATE_BIAS = -10.0  # of the input gates at the start: the memory fills slowly
 
 
 class LocalBlock(eqx.Module):
@@ -304,7 +304,7 @@ def initialize(config: BolmoConfig, key: PRNGKeyArray, patches: GlobalModel | No
             output_gate=uniform(c.embed, *stack, c.embed, heads, wide),
             input_gate=uniform(c.embed, *stack, c.embed, heads),
             forget_gate=uniform(c.embed, *stack, c.embed, heads),
-            input_bias=jnp.full((*stack, heads), IGATE_BIAS),
+            input_bias=jnp.full((*stack, heads), INPUT_GATE_BIAS),
             forget_bias=uniform(c.embed, *stack, heads),
             norm=jnp.ones((*stack, heads, wide)),
             out=uniform(c.embed, *stack, heads, wide, c.embed),

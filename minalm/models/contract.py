@@ -14,8 +14,8 @@ from minalm.types import BytePlaces, ByteTargets, ModelOutput, Tokens
 class Model(Protocol):
     """A model that can be trained, read and stored: an `equinox.Module` with the members below.
 
-    `Transformer` is one kind. Another, for example Bolmo's byte encoder, subword trunk and byte decoder, has to provide
-    the following.
+    `Transformer` is one kind, and `Bolmo` (bolmo.py: a byte encoder, a subword model's blocks, a byte decoder) another,
+    which has no hidden states of tokens and no distribution of plain bytes to give. A kind provides the following.
 
     * `trunk`, `last_layer` and `tail` run inside `shard_map`, each on what the one before it returns. The first two
       return a PyTree of the model's own choice, of floating-point arrays [batch, ...]: gradients flow through it. No
