@@ -56,12 +56,11 @@ def show_run(command: Command, models: Models, mesh: Mesh, notes: Sequence[str],
     facts.add_row("student", f"{trained:,} parameters are trained" + (f", {frozen:,} are frozen" if frozen else ""))
     if models.teacher is not None:
         facts.add_row("teacher", f"{sum(leaf.size for leaf in jax.tree.leaves(models.teacher.model)):,} parameters")
-    passes = settings["steps"] * settings["batch_size"] / len(texts.training)
-    facts.add_row(
-        "text",
-        f"{len(texts.training):,} pieces of at most {settings['piece_bytes']:,} bytes; {settings['steps']:,} steps of "
-        f"{settings['batch_size']} read them {passes:.2g} times",
-    )
+    text = f"{len(texts.training):,} pieces of at most {settings['piece_bytes']:,} bytes"
+    if not settings["packing"]:  # with it, a row holds as many as find room
+        passes = settings["steps"] * settings["batch_size"] / len(texts.training)
+        text += f"; {settings['steps']:,} steps of {settings['batch_size']} read them {passes:.2g} times"
+    facts.add_row("text", text)
     if texts.held_out is not None:
         facts.add_row("held out", f"{len(texts.held_out):,} pieces")
     shape = f"{mesh.shape['fsdp']} x {mesh.shape['tp']}"
