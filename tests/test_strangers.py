@@ -208,8 +208,11 @@ def test_a_template_that_never_ends_is_waited_for_once(tmp_path, tokenizer, monk
 @pytest.mark.parametrize(
     "template, why",
     (
-        ("{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}", "MemoryError"),
-        ("{{ 'a' * (10 ** 10) }}", "MemoryError"),
+        (
+            "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
+            "more than a gigabyte of memory",
+        ),
+        ("{{ 'a' * (10 ** 10) }}", "more than a gigabyte of memory"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "OverflowError: it writes without end"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
         ("{{ " + "[" * 9000 + "]" * 9000 + " }}", "RecursionError"),

@@ -43,29 +43,30 @@ def show_run(command: Command, models: Models, mesh: Mesh, notes: Sequence[str],
     """
     console.quiet = quiet
     settings = flat(plain(command.config))
-    differing = Table.grid(padding=(0, 2))
-    for name, (value, before) in changed(command).items():
-        differing.add_row("", Text(name, "bold"), Text(_setting(value)), Text(f"instead of {_setting(before)}", "dim"))
-    console.print(Text.assemble((command.base, "bold"), ", but for" if differing.row_count else ""))
-    if differing.row_count:
-        console.print(differing)
-    facts = Table.grid(padding=(0, 2))
+    others = {name: values for name, values in changed(command).items() if name != "config"}
+    console.print(Text.assemble((command.base, "bold"), ", but for" if others else ""), soft_wrap=True)
+    width = max(map(len, others), default=0)
+    for name, (value, before) in others.items():
+        line = Text.assemble(
+            (f"  {name:{width}}  ", "bold"), _setting(value), (f"  instead of {_setting(before)}", "dim")
+        )
+        console.print(line, soft_wrap=True)
     trained, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(part)) for part in eqx.partition(models.student.model, models.trained)
     )
-    facts.add_row("student", f"{trained:,} parameters are trained" + (f", {frozen:,} are frozen" if frozen else ""))
+    facts = {"student": f"{trained:,} parameters are trained" + (f", {frozen:,} are frozen" if frozen else "")}
     if models.teacher is not None:
-        facts.add_row("teacher", f"{sum(leaf.size for leaf in jax.tree.leaves(models.teacher.model)):,} parameters")
-    text = f"{len(texts.training):,} pieces of at most {settings['piece_bytes']:,} bytes"
+        facts["teacher"] = f"{sum(leaf.size for leaf in jax.tree.leaves(models.teacher.model)):,} parameters"
+    facts["text"] = f"{len(texts.training):,} pieces of at most {settings['piece_bytes']:,} bytes"
     if not settings["packing"]:  # with it, a row holds as many as find room
         passes = settings["steps"] * settings["batch_size"] / len(texts.training)
-        text += f"; {settings['steps']:,} steps of {settings['batch_size']} read them {passes:.2g} times"
-    facts.add_row("text", text)
+        facts["text"] += f"; {settings['steps']:,} steps of {settings['batch_size']} read each {passes:.2g} times"
     if texts.held_out is not None:
-        facts.add_row("held out", f"{len(texts.held_out):,} pieces")
-    shape = f"{mesh.shape['fsdp']} x {mesh.shape['tp']}"
-    facts.add_row("devices", f"{shape} (fsdp x tp) {mesh.devices.flat[0].device_kind}")
-    console.print(facts)
+        facts["held out"] = f"{len(texts.held_out):,} pieces"
+    kind = mesh.devices.flat[0].device_kind
+    facts["devices"] = f"{mesh.shape['fsdp']} x {mesh.shape['tp']} (fsdp x tp) {kind}"
+    for name, fact in facts.items():
+        console.print(Text.assemble((f"{name:8}  ", "bold"), fact), soft_wrap=True)
     for note in notes:
         say(f"Note: {note}.")
     if idle := jax.device_count() - mesh.size:

@@ -20,7 +20,7 @@ from minalm.errors import InputError
 from minalm.tokenization.files import read_bytes
 
 SECONDS = 10.0  # of a processor, that a template may take
-PATIENCE = 12.0  # times as long it may take by the clock, on a machine that has other things to do
+PATIENCE = 3.0  # times as long it may take by the clock, on a machine that has other things to do
 LONGEST_SOURCE = 1 << 20  # characters; known ones have up to 30,000
 TOO_SLOW = "it takes more than ten seconds"
 TOO_LARGE = "it takes more than a gigabyte of memory"

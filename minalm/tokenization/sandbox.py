@@ -96,6 +96,8 @@ def render(source: str, date: str, values: dict[str, Any], marks: Sequence[str])
         return "".join(blocks), ""
     except Refusal as error:
         return None, " ".join(str(error).split())[:300]
+    except MemoryError:
+        return None, "it takes more than a gigabyte of memory"
     except BaseException as error:  # of a syntax error in it, and of what it does
         return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
