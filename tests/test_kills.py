@@ -117,7 +117,7 @@ def steps_logged(out: Path) -> int:
 def one(out: Path, expected: dict[str, object], seed: int, longest: float, kind: signal.Signals, found: Found):
     """A run that is ended at random moments until it is done."""
     chosen, log = random.Random(seed), out.with_name(f"{out.name}.log")
-    for _ in range(60):
+    for attempt in range(60):
         resume = (out / "run.json").exists()
         child = start(["tiny", "--out", str(out), *(["--resume"] if resume else [])], log)
         before = steps_logged(out)
@@ -130,8 +130,10 @@ def one(out: Path, expected: dict[str, object], seed: int, longest: float, kind:
             ):
                 time.sleep(0.002)
             time.sleep(chosen.uniform(0, 0.1))
-        else:
+        elif attempt < 8:  # then it is left to end
             time.sleep(chosen.uniform(0, longest))
+        else:
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         try:
             os.kill(child, kind)
         except ProcessLookupError:
