@@ -15,6 +15,7 @@ from minalm.errors import InputError
 from minalm.evaluation.__main__ import cli
 from minalm.evaluation.bolmo_scoring import BolmoScorer
 from minalm.evaluation.cuts import cuts
+from minalm.evaluation.harness import TaskModel
 from minalm.evaluation.scoring import Request
 from minalm.huggingface.loaded import LoadedModel
 from minalm.parallel.mesh import make_mesh, shard
@@ -55,6 +56,12 @@ def test_causal(files):
         expected = plain.causal_logp(config, tensors, SEQUENCES, context, continuation)
         np.testing.assert_allclose(score.logp, expected, rtol=1e-4, atol=2e-4)
     assert sum(heard) == len(PAIRS)
+    # As tasks ask: text after bos.
+    model, texts = TaskModel(scorer), [("abc ", "bab"), ("", "cab"), ("b", "ac ac"), ("abcabc", "a")]
+    for (context, continuation), (logp, greedy) in zip(texts, model.loglikelihood(texts)):
+        ids = [[4 + byte for byte in text.encode()] for text in (context, continuation)]
+        expected = plain.causal_logp(config, tensors, SEQUENCES, [plain.BOS, *ids[0]], ids[1])
+        assert logp == pytest.approx(expected.sum(), abs=1e-3) and isinstance(greedy, bool)
 
 
 def test_two_sided(files):

@@ -1,8 +1,10 @@
 """Generation with a Bolmo: bytes are read and written one by one, and the subword model steps only where a patch ends.
 
-Rows come to the ends of their patches at different times. A row that has come to one waits, until all rows that still
-write wait too; then the subword model takes one step for all of them. So it reads its weights once for each patch and
-not for each byte, and no row depends on another.
+Rows come to the ends of their patches at different times. A row that has come to one waits, until at least half of the
+rows that still write wait too; then the subword model takes one step for these. If it stepped for each row as it comes, it
+would read its weights for nearly every byte of a large batch; if it waited for the last row, all others would stand still.
+With patches whose lengths are geometrically distributed, half of the rows costs little more than the better of both,
+whether the subword model's step takes as long as one of the byte parts or many times as long. No row depends on another.
 
 Where a patch ends: in a prompt, the encoder's predictor says it, which looks one byte ahead; of the prompt's last byte,
 behind which there is nothing yet, the decoder does, by which of the byte's two ids it finds more probable. In what is
@@ -316,7 +318,7 @@ def turn(
     generator: BolmoGenerator, decoder: BolmoDecoder, table: SuffixTable, state: State, live: Bool[Array, " batch"]
 ) -> tuple[State, Float32[Array, "batch ids"], Bool[Array, " batch"]]:
     """As much as can be done at once for the rows that are live: their pending bytes are read, the subword model takes a
-    step if all of them wait for it, and the decoder goes on where it may: the logits, and in which rows they are new."""
+    step if half of them wait for it, and the decoder goes on where it may: the logits, and in which rows they are new."""
     mesh, rows = generator.mesh, jnp.arange(len(live))
     reads = live & (state.pending >= 0)
     byte = jnp.maximum(state.pending, 0) % generator.size
@@ -345,7 +347,8 @@ def turn(
     encoder_memories = tuple(old.where(reads, each) for old, each in zip(state.encoder, new, strict=True))
     waiting, ready = state.waiting | (reads & fused), state.ready | (reads & ~fused)
 
-    goes = waiting & live & jnp.all(waiting | ~live)
+    waits = waiting & live
+    goes = waits & (2 * jnp.sum(waits) >= jnp.sum(live))
     step = shard_map(read_patch, mesh, in_specs=(whole, caches, ROWS, ROWS, ROWS), out_specs=(ROWS, caches))
 
     def with_step():
