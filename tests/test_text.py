@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minalm.errors import InputError
-from minalm.text import corpus as corpus_module
 from minalm.text import index as index_module
 from minalm.text.corpus import read_corpus, text_corpus
 from minalm.text.cutting import SMALLEST_LIMIT, SPECIAL_BYTES
@@ -127,12 +126,12 @@ def test_long_lines_give_the_pieces_of_short_ones(documents: list, limit: int, m
         pieces = [short.piece(index) for index in range(len(short))]
         bound = len('{"text": "x"}\n')  # the last line is a short one, and most others are longer
         patch.setattr(index_module, "LONG_LINE", bound)
-        patch.setattr(corpus_module, "LONG_LINE", bound)
         long = read_corpus([path], limit, RowReader(read))
         assert [long.piece(index) for index in range(len(long))] == pieces
         assert long.has_chats == short.has_chats
         (files,) = long.sources
-        assert (files.index.long.stat().st_size > 0) == (files.index.size > bound).any()
+        assert (files.index.kept.stat().st_size > 0) == (files.index.size == 0).any()
+        assert (files.index.size <= bound).all()
 
 
 @pytest.mark.parametrize(
@@ -153,11 +152,17 @@ def test_a_long_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(corpus) > 100
     for index in range(len(corpus)):
         corpus.piece(index)
-    assert [length > LONG_LINE for length in parsed] == [
-        True,
-        False,
-        False,
-    ]  # both lines at the start, then the short one
+    assert [length > LONG_LINE for length in parsed] == [True, False, False]  # both at the start, then the short one
+
+
+def test_a_chat_is_rendered_once(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(CHAT * 3 + json.dumps({"messages": [{"role": "user", "content": "ab " * 99}] * 4}) + "\n")
+    rendered = []
+    corpus = read_corpus([path], 200, RowReader(lambda row: rendered.append(row) or read_chat(row)))
+    pieces = [corpus.piece(index) for index in range(len(corpus))]
+    assert len(rendered) == 4 < len(pieces)
+    assert pieces[0] == read_chat(json.loads(CHAT)) and sum(map(len, pieces[3:])) > 4
 
 
 @pytest.mark.parametrize(

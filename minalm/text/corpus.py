@@ -19,7 +19,7 @@ from minalm.errors import InputError
 from minalm.text import sources
 from minalm.text.cutting import SMALLEST_LIMIT, spans, stops
 from minalm.text.documents import Markup, Piece, Segment, Special
-from minalm.text.index import LONG_LINE, Index, TextFile, check_unchanged, hashes, index, text_files
+from minalm.text.index import Index, TextFile, check_unchanged, hashes, index, text_files
 from minalm.text.order import mix, permute
 from minalm.text.rows import RowReader
 
@@ -74,25 +74,25 @@ class Files:
         file = self.files[int(np.searchsorted(index.of_file, document, side="right")) - 1]
         try:
             with sources.open_regular(file.path) as opened:
-                if file.label and size > LONG_LINE:
+                if not size:  # it is kept
                     start = start or place
-                    with open(index.long, "rb") as long:
-                        long.seek(start)
-                        text = long.read(stop - start)
+                    with open(index.kept, "rb") as kept:
+                        kept.seek(start)
+                        text = kept.read(stop - start)
                 elif file.label:
                     opened.seek(place)
-                    line = opened.read(size)
+                    text = opened.read(size)
                 else:  # the document may be gigabytes: read no more than the piece
                     opened.seek(place + start)
                     text = opened.read(stop - start)
                 check_unchanged(file.path, opened, file.stamp)
         except FileNotFoundError as error:
             raise InputError(f"{error.filename} is gone, which is in use: put it back and start again") from error
+        if not size:
+            return _read_piece(text)
         if not file.label:
             return _text_piece(text, ends=stop > size)
-        if size > LONG_LINE:
-            return _read_piece(text)
-        return next(spans(self.reader.parse(line), [(start, stop)]))
+        return next(spans(self.reader.parse(text), [(start, stop)]))
 
     def where(self, number: int) -> str:
         """Where a piece is, in words."""

@@ -33,7 +33,8 @@ from minalm.text.documents import Markup, Piece, Special
 from minalm.text.rows import ReadChat, RowReader
 from minalm.text.sources import Form, Found, form_of, open_regular
 
-# A line longer than this is parsed only once: parsing it again for each piece would take time quadratic in its length.
+# A line longer than this is parsed only once: parsing it again for each piece would take time quadratic in its length. So
+# is a chat: rendering it takes longer than all else, and more than that while the machine has other things to do.
 LONG_LINE = 1 << 16  # bytes
 
 NAMED = 5  # rows that are left out and named; others are counted alone
@@ -56,11 +57,11 @@ class Index(NamedTuple):
     """The documents and pieces of some files. Units are those of a document (text.corpus)."""
 
     of_file: Int64[np.ndarray, " files_and_end"]  # number of the first document of each file
-    place: np.ndarray  # [document] byte of its file at which it begins; of a long line, of `long`
-    size: np.ndarray  # [document] bytes there
+    place: np.ndarray  # [document] byte of its file at which it begins; of one that is kept, of `kept`
+    size: np.ndarray  # [document] bytes there; 0 of a document that is kept
     first: np.ndarray  # [document + 1] number of its first piece
-    stop: np.ndarray  # [piece] the unit after its last; of a long line, the byte of `long`
-    long: Path  # pieces of documents on lines longer than LONG_LINE, each as JSON
+    stop: np.ndarray  # [piece] the unit after its last; of a document that is kept, the byte of `kept`
+    kept: Path  # pieces, each as JSON: of chats, and of documents on lines longer than LONG_LINE
     has_chats: bool
     notes: dict[str, int]  # what a user should know -> in how many chats
     left_out: int  # rows that could not be read
@@ -246,12 +247,12 @@ def _load(place: Path) -> Index | None:
             with open(place / f"{name}.npy", "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != about["tables"][name]:
                     return None
-        if (place / "long.jsonl").stat().st_size != about["long"]:
+        if (place / "kept").stat().st_size != about["kept"]:
             return None
         tables = [np.load(place / f"{name}.npy", mmap_mode="r") for name in TABLES]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Index(*tables, place / "long.jsonl", about["has_chats"], about["notes"], about["left_out"], about["named"])
+    return Index(*tables, place / "kept", about["has_chats"], about["notes"], about["left_out"], about["named"])
 
 
 class _Document(NamedTuple):
@@ -260,7 +261,7 @@ class _Document(NamedTuple):
     place: int  # byte of the file at which it begins
     size: int  # bytes
     parts: Parts
-    long: Piece | None  # the document, if its line is longer than LONG_LINE
+    kept: Piece | None  # the document, if its pieces are kept
 
 
 def _build(files: Sequence[TextFile], limit: int, reader: RowReader, folder: Path, say: Say) -> None:
@@ -270,7 +271,7 @@ def _build(files: Sequence[TextFile], limit: int, reader: RowReader, folder: Pat
     left_out, named, has_chats, shown = 0, [], False, time.monotonic()
     notes = reader.read_chat.notes if isinstance(reader.read_chat, ReadChat) else {}
     before = dict(notes)
-    with open(folder / "long.jsonl", "wb") as long:
+    with open(folder / "kept", "wb") as kept:
         for file in files:
             of_file.append(len(place))
             for number, document in _documents(file, reader):
@@ -285,19 +286,20 @@ def _build(files: Sequence[TextFile], limit: int, reader: RowReader, folder: Pat
                 parts = document.parts
                 if not any(len(part) for part in parts if not isinstance(part, Special | Markup)):
                     continue
-                has_chats = has_chats or Special("eos") not in parts
+                has_chats = has_chats or _is_chat(parts)
                 first.append(len(stop))
-                size.append(document.size)
-                if document.long is None:
+                if document.kept is None:
                     place.append(document.place)
+                    size.append(document.size)
                     stop.extend(stops(parts, limit))
                 else:
-                    place.append(long.tell())
+                    place.append(kept.tell())
+                    size.append(0)
                     bounds = pairwise(chain((0,), stops(parts, limit)))
-                    for piece in spans(document.long, bounds):
-                        long.write(json.dumps(piece, ensure_ascii=False).encode())
-                        stop.append(long.tell())
-        length = long.tell()
+                    for piece in spans(document.kept, bounds):
+                        kept.write(json.dumps(piece, ensure_ascii=False).encode())
+                        stop.append(kept.tell())
+        length = kept.tell()
     of_file.append(len(place))
     first.append(len(stop))
     digests = {}
@@ -309,13 +311,17 @@ def _build(files: Sequence[TextFile], limit: int, reader: RowReader, folder: Pat
             digests[name] = hashlib.file_digest(written, "sha256").hexdigest()
     about = {
         "tables": digests,
-        "long": length,
+        "kept": length,
         "has_chats": has_chats,
         "notes": {note: count - before.get(note, 0) for note, count in notes.items() if count > before.get(note, 0)},
         "left_out": left_out,
         "named": named,
     }
     (folder / "index.json").write_text(json.dumps(about))
+
+
+def _is_chat(parts: Parts) -> bool:
+    return Special("eos") not in parts
 
 
 def _documents(file: TextFile, reader: RowReader) -> Iterator[tuple[int, _Document | InputError]]:
@@ -341,8 +347,9 @@ def _documents(file: TextFile, reader: RowReader) -> Iterator[tuple[int, _Docume
                     try:
                         document = reader.parse(line)
                         if document:
-                            long = document if len(line) > LONG_LINE else None
-                            yield number, _Document(place, len(line), parts_of(document), long)
+                            parts = parts_of(document)
+                            kept = document if len(line) > LONG_LINE or _is_chat(parts) else None
+                            yield number, _Document(place, len(line), parts, kept)
                     except InputError as error:
                         check_unchanged(file.path, opened, file.stamp)
                         if not reader.skip_bad:
