@@ -135,7 +135,7 @@ def why_left_out(piece: Piece, student: Side, teacher: Side | None) -> str:
     return ""
 
 
-def read_ahead(make: Callable[[int], T], start: int, ahead: int = 2) -> Generator[T, None, None]:
+def read_ahead(make: Callable[[int], T], start: int, ahead: int = 4) -> Generator[T, None, None]:
     """Yield make(start), make(start + 1), ..., up to `ahead` of them computed in advance by a background thread.
 
     An exception in `make` is raised when its result is due. Closing the generator waits for the call in progress and
