@@ -63,9 +63,11 @@ class Packer:
     """Batches of packed rows. Those of a few steps one after the other, a group of at least GROUP_ROWS rows, are packed
     at once, since of many texts nearly the same number fits every time; a group is kept until another is asked for."""
 
-    def __init__(self, texts: Callable[[int], Sequence[Piece]], student: Side, teacher: Side | None, rows: int):
-        """`texts` gives the texts of a group by its number; `rows` are those of a batch."""
-        self.texts, self.sides, self.rows = texts, (student, teacher), rows
+    def __init__(
+        self, texts: Callable[[int], Sequence[Piece]], count: int, student: Side, teacher: Side | None, rows: int
+    ):
+        """`texts` gives the texts of a group by its number, `count` of them; `rows` are those of a batch."""
+        self.texts, self.count, self.sides, self.rows = texts, count, (student, teacher), rows
         self.kept: tuple[int, Batch] | None = None
 
     def __call__(self, step: int) -> Batch:

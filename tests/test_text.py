@@ -130,7 +130,7 @@ def test_long_lines_give_the_pieces_of_short_ones(documents: list, limit: int, m
         assert [long.piece(index) for index in range(len(long))] == pieces
         assert long.has_chats == short.has_chats
         (files,) = long.sources
-        assert (files.index.kept.stat().st_size > 0) == (files.index.size == 0).any()
+        assert (files.index.kept.stat().st_size > 0) == (files.index.size < 0).any()
         assert (files.index.size <= bound).all()
 
 
@@ -163,6 +163,7 @@ def test_a_chat_is_rendered_once(tmp_path: Path) -> None:
     pieces = [corpus.piece(index) for index in range(len(corpus))]
     assert len(rendered) == 4 < len(pieces)
     assert pieces[0] == read_chat(json.loads(CHAT)) and sum(map(len, pieces[3:])) > 4
+    assert [corpus.where(index) for index in (1, 2, len(corpus) - 1)] == [f"{path}, line {n}" for n in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(

@@ -545,11 +545,11 @@ class Texts:
         return with_longer_patches(batch, config.compression, ratio, self.seed, step)
 
     def places(self, step: int) -> list[str]:
-        """Where the pieces of the update after `step` others are, of all processes. Of packed rows, only which steps'."""
+        """Where the pieces of the update after `step` others are, of all processes; of packed rows, those of its group."""
+        size = self.config.batch_size
         if self.packer is not None:
-            size = steps_of_group(self.config.batch_size)
-            return [f"some of those that are packed for steps {step - step % size + 1} to {step - step % size + size}"]
-        order = self.training.order(self.seed, step, self.config.batch_size)
+            step, size = step // steps_of_group(size), self.packer.count
+        order = self.training.order(self.seed, step, size)
         return [self.training.where(number) for number in order.tolist()]
 
     def first_chat(self) -> Piece | None:
@@ -655,7 +655,7 @@ def packed_batches(texts: Texts) -> tuple[Packer, str]:
     def pieces(group: int) -> list[Piece]:
         return texts.training.batch(texts.seed, group, count)
 
-    return Packer(pieces, texts.student, teacher, batch), note
+    return Packer(pieces, count, texts.student, teacher, batch), note
 
 
 def check_targets(texts: Texts, losses: LossConfig) -> list[str]:

@@ -74,8 +74,8 @@ class Files:
         file = self.files[int(np.searchsorted(index.of_file, document, side="right")) - 1]
         try:
             with sources.open_regular(file.path) as opened:
-                if not size:  # it is kept
-                    start = start or place
+                if size < 0:  # it is kept
+                    start = start or -1 - size
                     with open(index.kept, "rb") as kept:
                         kept.seek(start)
                         text = kept.read(stop - start)
@@ -88,7 +88,7 @@ class Files:
                 check_unchanged(file.path, opened, file.stamp)
         except FileNotFoundError as error:
             raise InputError(f"{error.filename} is gone, which is in use: put it back and start again") from error
-        if not size:
+        if size < 0:
             return _read_piece(text)
         if not file.label:
             return _text_piece(text, ends=stop > size)

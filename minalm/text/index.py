@@ -57,8 +57,8 @@ class Index(NamedTuple):
     """The documents and pieces of some files. Units are those of a document (text.corpus)."""
 
     of_file: Int64[np.ndarray, " files_and_end"]  # number of the first document of each file
-    place: np.ndarray  # [document] byte of its file at which it begins; of one that is kept, of `kept`
-    size: np.ndarray  # [document] bytes there; 0 of a document that is kept
+    place: np.ndarray  # [document] byte of its file at which it begins
+    size: np.ndarray  # [document] bytes there; of one that is kept, -1 less the byte of `kept` at which it begins
     first: np.ndarray  # [document + 1] number of its first piece
     stop: np.ndarray  # [piece] the unit after its last; of a document that is kept, the byte of `kept`
     kept: Path  # pieces, each as JSON: of chats, and of documents on lines longer than LONG_LINE
@@ -288,13 +288,12 @@ def _build(files: Sequence[TextFile], limit: int, reader: RowReader, folder: Pat
                     continue
                 has_chats = has_chats or _is_chat(parts)
                 first.append(len(stop))
+                place.append(document.place)
                 if document.kept is None:
-                    place.append(document.place)
                     size.append(document.size)
                     stop.extend(stops(parts, limit))
                 else:
-                    place.append(kept.tell())
-                    size.append(0)
+                    size.append(-1 - kept.tell())
                     bounds = pairwise(chain((0,), stops(parts, limit)))
                     for piece in spans(document.kept, bounds):
                         kept.write(json.dumps(piece, ensure_ascii=False).encode())
@@ -305,7 +304,8 @@ def _build(files: Sequence[TextFile], limit: int, reader: RowReader, folder: Pat
     digests = {}
     for name, table in zip(TABLES, (of_file, place, size, first, stop)):
         values = np.frombuffer(table, np.int64) if table else np.zeros(0, np.int64)
-        values = values.astype(np.uint32) if name in ("size", "stop") and values.max(initial=0) < 2**32 else values
+        if name in ("size", "stop") and 0 <= values.min(initial=0) and values.max(initial=0) < 2**32:
+            values = values.astype(np.uint32)
         np.save(folder / f"{name}.npy", values)
         with open(folder / f"{name}.npy", "rb") as written:
             digests[name] = hashlib.file_digest(written, "sha256").hexdigest()
