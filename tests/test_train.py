@@ -963,7 +963,7 @@ sys.path[:0] = [{str(Path(train.__file__).parent)!r}, {str(Path(__file__).parent
 import test_train, train
 from minalm.run import folder
 train.PRESETS["tiny"] = ("", test_train.TINY)
-folder._write_json = lambda *_: os.kill(os.getpid(), 9)
+folder.write_record = lambda *_: os.kill(os.getpid(), 9)
 train.cli({arguments(files, tmp_path / "run")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
