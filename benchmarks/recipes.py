@@ -45,6 +45,7 @@ RECIPES = {  # name -> weights of the losses that are on, and further flags
 PAIRS = "pair-bias.safetensors"  # in --out
 MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
 SFT, ALM = ([*"--losses.next-byte 0 --losses.sft 1 --losses.alm".split(), weight] for weight in "01")
+NO_LATENTS = ["--losses.latents", "0"]
 PRESETS = {  # name of a table -> for each row the preset, and what is changed
     "quickstart": {
         "the quickstart (next byte + sft)": ("quickstart", []),
@@ -53,11 +54,11 @@ PRESETS = {  # name of a table -> for each row the preset, and what is changed
         "control: random weights, sft alone": ("quickstart", [*SFT, "--student-weights", "random"]),
     },
     "cross": {
-        "next byte + sft": ("quickstart-cross", []),
-        "next byte + sft + latents": ("quickstart-cross", ["--losses.latents", "1"]),
-        "sft": ("quickstart-cross", SFT),
-        "alm + sft": ("quickstart-cross", ALM),
-        "alm + sft + latents": ("quickstart-cross", [*ALM, "--losses.latents", "1"]),
+        "next byte + sft + latents": ("quickstart-cross", []),
+        "next byte + sft": ("quickstart-cross", NO_LATENTS),
+        "sft": ("quickstart-cross", [*SFT, *NO_LATENTS]),
+        "alm + sft": ("quickstart-cross", [*ALM, *NO_LATENTS]),
+        "alm + sft + latents": ("quickstart-cross", ALM),
     },
     "bolmo": {
         "byte student with expansion": ("quickstart", []),

@@ -159,7 +159,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 ),
             ),
             data=DataConfig(stdlib=True, batch_size=4, piece_bytes=384, student_length=384, teacher_length=128),
-            losses=LossConfig(**BEST),
+            losses=LossConfig(**BEST, latents=1.0),  # from random weights, hidden states help: docs/recipes.md
             optimizer=OptimizerConfig(steps=1_500, learning_rate=6e-3, warmup_steps=50),
             compute=ComputeConfig(compute_dtype="float32"),
         ),
