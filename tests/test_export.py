@@ -64,7 +64,12 @@ ASKED = {
     "olmo3": "<|im_start|>assistant\\n",
 }
 STUDENTS = [(name, True) for name in TEACHERS] + [(name, False) for name in ("llama3", "gemma2", "gemma3", "qwen3")]
-each_student = pytest.mark.parametrize("name, expansion", STUDENTS, ids=lambda value: str(value))
+IN_SHORT = (("llama3", True), ("gemma2", True), ("olmo3", True), ("gemma3", False))  # the others are slow
+each_student = pytest.mark.parametrize(
+    "name, expansion",
+    [student if student in IN_SHORT else pytest.param(*student, marks=pytest.mark.slow) for student in STUDENTS],
+    ids=lambda value: str(value),
+)
 
 
 def user(text: str) -> dict[str, str]:

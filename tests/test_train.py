@@ -369,6 +369,7 @@ def test_rows_of_evaluations_and_samples(finished, files, tmp_path, after):
     assert lines(tmp_path / "run") == lines(finished)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(finished, stopped, files, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
@@ -613,7 +614,7 @@ def test_a_student_is_trained_without_a_teacher(finished, alone, files, tmp_path
     assert contents(out / "hf").keys() == contents(finished / "hf").keys()
 
 
-@pytest.mark.parametrize("kind", ("bytes", "subwords"))
+@pytest.mark.parametrize("kind", ("bytes", pytest.param("subwords", marks=pytest.mark.slow)))
 def test_a_byte_student_is_a_teacher(finished, alone, files, tmp_path, kind):
     """Its input expansion is read on the teacher's side too."""
     student = finished / "hf" if kind == "bytes" else files.untied
@@ -639,7 +640,8 @@ def narrow(files, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("compared", ("last", pytest.param("all", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("compared", ("last", "all"))
 def test_a_narrower_student_compares_hidden_states_through_a_map(files, narrow, tmp_path, compared, capsys):
     """The map is trained and saved with the run, and is no part of the student."""
     changes = {"student": narrow, "teacher_length": 64, "losses__latents_layers": compared}
@@ -672,6 +674,7 @@ def test_a_narrower_student_compares_hidden_states_through_a_map(files, narrow, 
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_table_is_padded_past_its_vocabulary(files, tmp_path, monkeypatch):
     """261 ids, which two devices do not divide."""
     small.save(tmp_path / "tokenizer", small.byte_level(), small.GEMMA)
@@ -764,7 +767,7 @@ def test_control_tokens_of_the_students_own_tokenizer(files, tmp_path, monkeypat
 # --- other runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ("tied", "untied"))
+@pytest.mark.parametrize("kind", ("tied", pytest.param("untied", marks=pytest.mark.slow)))
 def test_a_subword_student(files, tmp_path, monkeypatch, kind):
     teacher = getattr(files, kind)
     run(files, tmp_path / "run", teacher=teacher, student_tokenizer=files.tokenizer, steps=1, losses__sft=0)
@@ -799,7 +802,8 @@ def test_pretraining_without_a_teacher(files, tmp_path, monkeypatch):
     assert weights.load(tmp_path / "run" / "hf", np.float32).config == tiny
 
 
-@pytest.mark.parametrize("student", ("bytes", pytest.param("subwords", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ("bytes", "subwords"))
 def test_unbiased_chunks(files, tmp_path, monkeypatch, capsys, student):
     """From text to values to a run; then other values are found out, and few of them end fewer chunks."""
     other = {} if student == "bytes" else {"student_tokenizer": files.tokenizer}
