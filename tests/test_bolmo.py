@@ -132,7 +132,7 @@ def guided(ids, ends, states=None) -> Tokens:
     if states is None:
         states = np.random.default_rng(1).normal(size=(1, SLOTS, 16)).repeat(len(ids), 0)
     states, targets = jnp.asarray(states, jnp.float32), np.pad(ids[:, 1:], ((0, 0), (0, 1)))
-    return Tokens(ids, targets, np.ones(ids.shape, np.float32), ids + 1, places, Guide(states, states, 1))
+    return Tokens(ids, targets, np.ones(ids.shape, np.float32), ids + 1, places, guide=Guide(states, states, 1))
 
 
 def test_it_keeps_the_contract():

@@ -791,7 +791,7 @@ def test_pretraining_without_a_teacher(files, tmp_path, monkeypatch):
     changes = {"teacher": None, "student_tokenizer": files.tied, "held_out": files.held_out, "samples": 1}
     compiled = []
     step = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *a: compiled.append(1) or step(*a))
+    monkeypatch.setattr(train, "train_step", lambda *a, **k: compiled.append(1) or step(*a, **k))
     run(files, tmp_path / "run", **changes)
     assert len(compiled) == 1  # traced once: the state that comes out is as the one that went in
     rows = lines(tmp_path / "run")
@@ -1034,8 +1034,8 @@ def test_parameters_that_are_not_finite_are_not_saved(files, tmp_path):
     """The update of step 2 is, its loss is not: without a step 3, nothing but the parameters shows it."""
     step = train.train_step
 
-    def train_step(*arguments):
-        state, metrics = step(*arguments)
+    def train_step(*arguments, **settings):
+        state, metrics = step(*arguments, **settings)
         norm = jnp.where(state.step == 2, jnp.inf, state.student.norm)
         return eqx.tree_at(lambda state: state.student.norm, state, norm), metrics
 
@@ -1056,8 +1056,10 @@ def test_devices_without_work_are_named(files, tmp_path, capsys):
 
 
 def test_samples_of_a_run_killed_between_them(finished, files, tmp_path):
-    """All samples of a step are one line: a line that was cut off is written again."""
+    """All samples of a step are one line: a line that was cut off is written again. What a checkpoint knows of cannot have
+    been cut off: the run goes on from the one before."""
     shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     file = tmp_path / "run" / "samples.jsonl"
     first, last = file.read_text().splitlines(keepends=True)
     file.write_text(first + last[:-20])
