@@ -175,7 +175,12 @@ def test_every_parameter_moves_the_logits(name):
         assert np.abs(compute(changed, tokens) - expected).max() > 1e-2, leaf
 
 
-@pytest.mark.parametrize("name", NAMES)
+IN_SHORT = ("llama3", "gemma2", "gemma3", "qwen3", "olmo2", "phi3_long")  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_decoding_with_a_cache_is_the_whole_pass(name):
     """300 tokens one by one: the logits after each of them, past windows, rings and the first piece of a prompt."""
     model, _, _ = load(name)
@@ -208,6 +213,7 @@ def test_a_text_that_grows_past_the_length_of_short_factors_is_read_anew():
     assert [len(new) for new in found] == [9, 9]
 
 
+@pytest.mark.slow
 def test_gradients_on_a_mesh():
     """Each leaf's, of a weighted sum of logits: those of biases are summed over the devices that share them, once."""
     model, tokens, _ = load("llama3_biased")

@@ -320,6 +320,7 @@ def test_a_checkpoint_that_cannot_be_written(alone, tmp_path, monkeypatch):
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_a_state_lies_on_another_mesh_as_it_was(stopped, tmp_path, monkeypatch):
     """Bit for bit; and the next steps differ by rounding."""
     states, train_as_it_is = [], train.train
