@@ -11,16 +11,23 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from minalm.generation.decoder import Cache, DecoderBlock, decoder_block, read_block, rotation_at, table_rows
+from minalm.generation.decoder import (
+    Cache,
+    DecoderBlock,
+    decoder_block,
+    made_on_mesh,
+    read_block,
+    rotation_at,
+    table_rows,
+)
 from minalm.models import layers, mlstm
 from minalm.models.bolmo import LOG_HALF, Bolmo, LocalBlock, boundary_logp
 from minalm.models.config import FULL_ATTENTION, BolmoConfig
 from minalm.models.head import VocabularyMask, block_logits
 from minalm.parallel.collectives import tp_share, tp_sum
-from minalm.parallel.mesh import layouts, param, shard_map, specs
+from minalm.parallel.mesh import param
 
 
 class Memory(eqx.Module):
@@ -90,15 +97,7 @@ class BolmoDecoder(eqx.Module):
 
 def lay_out(model: Bolmo, mask: VocabularyMask, mesh: Mesh, dtype: jnp.dtype) -> BolmoDecoder:
     """The BolmoDecoder, in the compute dtype, of a model that is on a mesh. What `fsdp` divides is gathered, once."""
-
-    def without_fsdp(spec):
-        return P(*(None if axis == "fsdp" else axis for axis in spec))
-
-    laid_out = functools.partial(_laid_out, dtype=dtype)
-    whole = jax.tree.map(without_fsdp, specs((model, mask), mesh), is_leaf=lambda spec: isinstance(spec, P))
-    single = Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
-    shapes = jax.eval_shape(shard_map(laid_out, single, in_specs=P(), out_specs=P()), model, mask)
-    return jax.jit(shard_map(laid_out, mesh, in_specs=whole, out_specs=layouts(shapes)))(model, mask)
+    return made_on_mesh(functools.partial(_laid_out, dtype=dtype), model, mask, mesh)
 
 
 def _laid_out(model: Bolmo, mask: VocabularyMask, dtype: jnp.dtype) -> BolmoDecoder:

@@ -6,6 +6,8 @@ writes its keys in the same place, and a row's position is the column less its `
 """
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -16,10 +18,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from minalm.models import layers
 from minalm.models.config import FULL_ATTENTION, LongRopeScaling, ModelConfig, Rope
+from minalm.models.contract import Model
 from minalm.models.head import VocabularyMask, block_logits
 from minalm.models.transformer import Block, Transformer, head_norm
 from minalm.parallel.collectives import tp_offset, tp_share, tp_size, tp_sum
 from minalm.parallel.mesh import layouts, param, shard_map, specs
+
+T = TypeVar("T")
 
 
 class Cache(eqx.Module):
@@ -67,15 +72,19 @@ class Decoder(eqx.Module):
 
 def lay_out(model: Transformer, mask: VocabularyMask, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     """The Decoder, in the compute dtype, of a model that is on a mesh. What `fsdp` divides is gathered, once."""
+    return made_on_mesh(functools.partial(_laid_out, dtype=dtype), model, mask, mesh)
+
+
+def made_on_mesh(make: Callable[..., T], model: Model, mask: VocabularyMask, mesh: Mesh) -> T:
+    """What `make` makes of a model and its mask that are on a mesh, where each device has of them what `tp` leaves."""
 
     def without_fsdp(spec):
         return P(*(None if axis == "fsdp" else axis for axis in spec))
 
-    laid_out = functools.partial(_laid_out, dtype=dtype)
     whole = jax.tree.map(without_fsdp, specs((model, mask), mesh), is_leaf=lambda spec: isinstance(spec, P))
     single = Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
-    shapes = jax.eval_shape(shard_map(laid_out, single, in_specs=P(), out_specs=P()), model, mask)
-    return jax.jit(shard_map(laid_out, mesh, in_specs=whole, out_specs=layouts(shapes)))(model, mask)
+    shapes = jax.eval_shape(shard_map(make, single, in_specs=P(), out_specs=P()), model, mask)
+    return jax.jit(shard_map(make, mesh, in_specs=whole, out_specs=layouts(shapes)))(model, mask)
 
 
 def _laid_out(model: Transformer, mask: VocabularyMask, dtype: jnp.dtype) -> Decoder:

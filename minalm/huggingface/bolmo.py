@@ -21,7 +21,7 @@ from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.transformer import leaves
 from minalm.tokenization.chat_template import ChatTemplate, probe
 from minalm.tokenization.suffixes import LongestSuffix, of_tokens
-from minalm.tokenization.tokenizer_json import BYTE_SIGNS
+from minalm.tokenization.tokenizer_json import BYTE_LEVEL, BYTE_SIGNS, bpe_without_merges
 from minalm.tokenization.vocabulary import BOLMO_SPECIAL, Vocabulary
 
 MODEL_TYPE = "bolmo"
@@ -291,7 +291,6 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """A tokenizer.json with the published ids: a text is its bytes behind <bos>. An id that also ends a patch, which no
     text becomes, is decoded like the one that does not."""
     mark = "\u241e"  # in the names of the ids that end a patch; no sign of a byte
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     names = {byte: BYTE_SIGNS[byte] for byte in range(256)} | {256 + n: word for n, word in enumerate(BOLMO_SPECIAL)}
     vocab = {name: PUBLISHED[i] for i, name in names.items()}
     vocab |= {name + mark: i + PLAIN for name, i in vocab.items()}
@@ -304,7 +303,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": vocab[word], "content": word, **flags} for word in special],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": BYTE_LEVEL,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": template,
@@ -313,17 +312,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         },
         "decoder": {
             "type": "Sequence",
-            "decoders": [{"type": "Replace", "pattern": {"String": mark}, "content": ""}, byte_level],
+            "decoders": [{"type": "Replace", "pattern": {"String": mark}, "content": ""}, BYTE_LEVEL],
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": vocab,
-            "merges": [],
-        },
+        "model": bpe_without_merges(vocab),
     }

@@ -335,27 +335,34 @@ def _bos_processor(bos: list[str], vocabulary: Vocabulary) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": tokens}
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def bpe_without_merges(vocab: Mapping[str, int]) -> dict[str, Any]:
+    """The model of a tokenizer.json by which a text becomes its UTF-8 bytes. `vocab`: names, as in BYTE_SIGNS -> ids."""
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "vocab": dict(vocab),
+        "merges": [],
+    }
+
+
 def _bytes_json() -> dict[str, Any]:
-    """A byte-level BPE without merges: a text becomes its UTF-8 bytes, and byte b has the id b."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    """A byte-level BPE in which byte b has the id b."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": BYTE_LEVEL,
         "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {sign: byte for byte, sign in BYTE_SIGNS.items()},
-            "merges": [],
-        },
+        "decoder": BYTE_LEVEL,
+        "model": bpe_without_merges({sign: byte for byte, sign in BYTE_SIGNS.items()}),
     }
