@@ -426,7 +426,7 @@ def of_bolmo(models: Models, losses: LossConfig) -> Models:
             "or --losses.alm 0"
         )
     layers = models.student.model.config.blocks.layers
-    if losses.representation and losses.representation_blocks > layers:
+    if losses.guided and losses.representation_blocks > layers:
         raise InputError(
             f"--losses.representation-blocks is {losses.representation_blocks}, but the teacher has {layers} layers: "
             "give at most that"
