@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chats import Chats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +40,7 @@ def texts_of(corpus: Corpus) -> list[str]:
 
 
 def reading(*names, limit=1000, cache=None, **how) -> Corpus:
-    return read_corpus(names, limit, RowReader(read_chat, **how), cache)
+    return read_corpus(names, limit, RowReader(Chats(read_chat), **how), cache)
 
 
 # --- forms --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chats import Chats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +89,7 @@ def test_pieces_of_chats_spell_them_and_fit(chats: list, limit: int, mask_prompt
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "chats.jsonl")
         path.write_bytes(b"".join(json.dumps({"messages": chat}).encode() + b"\n" for chat in chats))
-        corpus = read_corpus([path], limit, RowReader(read))
+        corpus = read_corpus([path], limit, RowReader(Chats(read)))
         pieces = [corpus.piece(index) for index in range(len(corpus))]
     assert max(map(cost, pieces)) <= limit and corpus.has_chats
     for piece in pieces[:-1]:  # a piece ends in a text, or where a message does
@@ -122,11 +123,11 @@ def test_long_lines_give_the_pieces_of_short_ones(documents: list, limit: int, m
         path = Path(folder, "lines.jsonl")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         read = functools.partial(read_chat, mask_prompt=mask_prompt)
-        short = read_corpus([path], limit, RowReader(read))
+        short = read_corpus([path], limit, RowReader(Chats(read)))
         pieces = [short.piece(index) for index in range(len(short))]
         bound = len('{"text": "x"}\n')  # the last line is a short one, and most others are longer
         patch.setattr(index_module, "LONG_LINE", bound)
-        long = read_corpus([path], limit, RowReader(read))
+        long = read_corpus([path], limit, RowReader(Chats(read)))
         assert [long.piece(index) for index in range(len(long))] == pieces
         assert long.has_chats == short.has_chats
         (files,) = long.sources
@@ -148,7 +149,7 @@ def test_a_long_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             parsed.append(len(line))
             return super().parse(line)
 
-    corpus = read_corpus([path], 1000, Counted(read_chat))
+    corpus = read_corpus([path], 1000, Counted(Chats(read_chat)))
     assert len(corpus) > 100
     for index in range(len(corpus)):
         corpus.piece(index)
@@ -159,7 +160,7 @@ def test_a_chat_is_rendered_once(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(CHAT * 3 + json.dumps({"messages": [{"role": "user", "content": "ab " * 99}] * 4}) + "\n")
     rendered = []
-    corpus = read_corpus([path], 200, RowReader(lambda row: rendered.append(row) or read_chat(row)))
+    corpus = read_corpus([path], 200, RowReader(Chats(lambda row: rendered.append(row) or read_chat(row))))
     pieces = [corpus.piece(index) for index in range(len(corpus))]
     assert len(rendered) == 4 < len(pieces)
     assert pieces[0] == read_chat(json.loads(CHAT)) and sum(map(len, pieces[3:])) > 4
@@ -208,7 +209,7 @@ def test_files_are_cut_as_texts_in_memory(tmp_path: Path) -> None:
 def test_a_message_begins_a_piece(tmp_path: Path) -> None:
     rows = [{"role": "user", "content": "a\n" * 20}, {"role": "assistant", "content": "b c d" * 9}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": rows}))
-    corpus = read_corpus([tmp_path / "chat.jsonl"], 4 + 4 + 4 + 40 + 4 + 1 + 30, RowReader(read_chat))
+    corpus = read_corpus([tmp_path / "chat.jsonl"], 4 + 4 + 4 + 40 + 4 + 1 + 30, RowReader(Chats(read_chat)))
     assert corpus.piece(0)[-2:] == (markup("<end>"), Segment("\n"))
     assert corpus.piece(1)[:2] == (markup("<bos>"), markup("<turn>"))
     assert len(corpus) == 2
@@ -217,7 +218,7 @@ def test_a_message_begins_a_piece(tmp_path: Path) -> None:
 def test_a_template_may_write_more_than_a_piece_holds(tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text('{"messages": []}')
     document = markup("<bos>"), markup("<turn>", "b" * 99), Segment("cc"), markup("<end>", "d" * 99)
-    corpus = read_corpus([tmp_path / "chat.jsonl"], 40, RowReader(lambda row: document))
+    corpus = read_corpus([tmp_path / "chat.jsonl"], 40, RowReader(Chats(lambda row: document)))
     pieces = [corpus.piece(index) for index in range(len(corpus))]
     assert [segment for piece in pieces for segment in piece[1:]] == list(document[1:])
     assert all(piece[0] == document[0] for piece in pieces) and len(pieces) > 1
@@ -233,7 +234,7 @@ def test_files_of_folders_in_order(tmp_path: Path) -> None:
     (tmp_path / "b" / "empty.txt").touch()
     (tmp_path / "b" / "ignored.md").write_text("no")
     (tmp_path / "a.txt").write_text("zero")
-    corpus = read_corpus([tmp_path, tmp_path / "b.txt"], 100, RowReader(read_chat))
+    corpus = read_corpus([tmp_path, tmp_path / "b.txt"], 100, RowReader(Chats(read_chat)))
     spelled = ["".join(content for content, _ in corpus.piece(i) if isinstance(content, str)) for i in range(6)]
     assert spelled == ["zero", "one", "twö", "userthree\n", "vièr\r\n", "vièr\r\n"]
     assert len(corpus) == 6
@@ -242,7 +243,7 @@ def test_files_of_folders_in_order(tmp_path: Path) -> None:
 def test_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "plain"}')
     assert (
-        read_corpus([tmp_path], 200, RowReader(read_chat)).has_chats and not text_corpus(["plain"], limit=100).has_chats
+        read_corpus([tmp_path], 200, RowReader(Chats(read_chat))).has_chats and not text_corpus(["plain"], limit=100).has_chats
     )
     with pytest.raises(InputError, match="x.jsonl, line 1: a chat, which cannot be read without a chat template"):
         read_corpus([tmp_path], limit=200)
@@ -277,7 +278,7 @@ def test_bad_files_are_named_at_the_start(tmp_path: Path, name: str, content: st
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
-        read_corpus([path], 100, RowReader(read_chat))
+        read_corpus([path], 100, RowReader(Chats(read_chat)))
 
 
 def test_missing_files_and_small_windows(tmp_path: Path) -> None:

@@ -753,7 +753,7 @@ def test_control_tokens_of_the_students_own_tokenizer(files, tmp_path, monkeypat
     assert set(kept.teacher.vocabulary.template_special) <= set(kept.student.vocabulary.special)
     assert kept.student.vocabulary.chat_template == kept.teacher.vocabulary.chat_template
     changes = {"student_tokenizer": tmp_path / "tokenizer", "special_tokens": "change", "steps": 1}
-    run(files, tmp_path / "run", **changes)
+    run(files, tmp_path / "run", **changes)  # of a teacher without a chat template
     written = json.loads((tmp_path / "run" / "hf" / "tokenizer_config.json").read_text())
     assert written["chat_template"] == template
     vocabulary, _ = load_vocabularies(tmp_path / "run" / "hf")

@@ -30,7 +30,7 @@ from minalm.errors import InputError
 from minalm.text.copies import LABELS, byte_order, needs_copy, write_copy, write_table
 from minalm.text.cutting import SMALLEST_LIMIT, FileText, Parts, parts_of, spans, stops
 from minalm.text.documents import Markup, Piece, Special
-from minalm.text.rows import ReadChat, RowReader
+from minalm.text.rows import RowReader
 from minalm.text.sources import Form, Found, form_of, open_regular
 
 # A line longer than this is parsed only once: parsing it again for each piece would take time quadratic in its length. So
@@ -220,8 +220,7 @@ def index(
 
 def _index_key(files: Sequence[TextFile], prints: Sequence[str], limit: int, reader: RowReader) -> str:
     """A hash of all that an index depends on."""
-    read_chat = reader.read_chat
-    chats = "none" if read_chat is None else read_chat.key if isinstance(read_chat, ReadChat) else os.urandom(16).hex()
+    chats = "none" if reader.read_chat is None else reader.read_chat.key
     settings = [limit, LONG_LINE, reader.text_column, reader.mask_prompt, reader.skip_bad, chats, _code()]
     # The names are in the sentences about what is left out.
     names = [file.name for file in files] if reader.skip_bad else []
@@ -269,7 +268,7 @@ def _build(files: Sequence[TextFile], limit: int, reader: RowReader, folder: Pat
     be read unless `reader.skip_bad`."""
     of_file, place, size, first, stop = (array("q") for _ in TABLES)
     left_out, named, has_chats, shown = 0, [], False, time.monotonic()
-    notes = reader.read_chat.notes if isinstance(reader.read_chat, ReadChat) else {}
+    notes = {} if reader.read_chat is None else reader.read_chat.notes
     before = dict(notes)
     with open(folder / "kept", "wb") as kept:
         for file in files:

@@ -12,8 +12,8 @@ What else a chat's template takes (`tools`, `documents`, `chat_template_kwargs`)
 """
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 from minalm.errors import InputError
 from minalm.text.documents import Piece, Segment, Special
@@ -35,7 +35,6 @@ ROLES = {  # of ShareGPT's `from`
 }
 
 
-@runtime_checkable
 class ReadChat(Protocol):
     """What makes a document of a row with `messages` (tokenization.chats)."""
 
@@ -52,7 +51,7 @@ class ReadChat(Protocol):
 class RowReader(NamedTuple):
     """How rows are read."""
 
-    read_chat: ReadChat | Callable[[Mapping[str, Any]], Piece] | None = None  # None: chats are refused
+    read_chat: ReadChat | None = None  # None: chats are refused
     text_column: str | None = None  # the column that is the text, in place of the known ones
     mask_prompt: bool = False  # a `prompt` does not count in the losses
     skip_bad: bool = False  # rows that cannot be read are left out, and counted

@@ -104,7 +104,9 @@ class ChatReader:
     def _is_shared(self) -> bool:
         """Whether both sides write chats alike."""
         ours, theirs = self.student.chat_template, self.teacher.chat_template
-        return ours is not None and (ours.sources, ours.used_names) == (theirs.sources, theirs.used_names)
+        if ours is None or theirs is None:
+            return False
+        return (ours.sources, ours.used_names) == (theirs.sources, theirs.used_names)
 
     def _note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
