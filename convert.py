@@ -94,7 +94,7 @@ def to_tokenizer(
 def write(config: StudentConfig, out: Path, dtype: Dtype, seed: int) -> None:
     """Writes the model `config.teacher` on a new vocabulary, and prints what its tables were made of."""
     refuse_existing(out)
-    folder = find(config.teacher)
+    folder = model_folder(config.teacher)
     teacher = LoadedModel.read(folder)
     if isinstance(teacher.model, Bolmo):
         raise InputError(

@@ -87,7 +87,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(files, first, tmp_path):
 
 @pytest.mark.slow
 def test_stage_2_begins_with_what_came_of_stage_1(files, first, tmp_path):
-    run(files, tmp_path / "second", student=first / "hf", **STAGE_2)
+    run(files, tmp_path / "second", student=first, **STAGE_2)
     rows, before = lines(tmp_path / "second"), exported(first)
     assert {"loss/sft", "loss/boundary"} == {name for name in rows[0] if name.startswith("loss/")}
     assert rows[-1]["loss/sft"] < rows[0]["loss/sft"]

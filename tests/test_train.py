@@ -591,7 +591,7 @@ def alone(finished, files) -> float:
 
 def test_a_byte_student_is_trained_further(finished, files, tmp_path):
     out = tmp_path / "run"
-    run(files, out, student=finished / "hf", held_out=files.held_out, steps=1, warmup_steps=0)
+    run(files, out, student=finished, held_out=files.held_out, steps=1, warmup_steps=0)
     start, end = rows(out, "evaluations")[0], rows(finished, "evaluations")[-1]
     np.testing.assert_allclose(start["bits_per_byte"]["student"], end["bits_per_byte"]["student"], rtol=1e-6)
     np.testing.assert_allclose(start["agreement"], end["agreement"], rtol=1e-5)

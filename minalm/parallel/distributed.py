@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,8 +28,12 @@ from jax.sharding import PartitionSpec as P
 from minalm.errors import InputError
 from minalm.parallel import last_words
 
-LOST = re.compile("(?i)gloo|connection|coordination|unavailable|peer|preempted|distributed service|heartbeat")
+# Errors of XLA, which begin with the name of a status, about the other processes.
+LOST = re.compile(
+    r"(?=[A-Z_]+: )(?is:.*)(?i:gloo|connection|coordination|unavailable|peer|preempted|distributed service|heartbeat)"
+)
 HEARTBEAT = 40  # seconds after which a process that is not heard of counts as dead
+JOINING = 60  # seconds in which all processes must come
 SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")  # JAX itself reads the first of them
 
 
@@ -39,22 +44,37 @@ def join() -> None:
     """
     address, count, number = map(os.environ.get, SETTINGS)
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is heard by run.stop
+    waiting = threading.Timer(JOINING, _give_up)  # JAX would abort this process instead of raising an error
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             num_processes=None if count is None else int(count),
             process_id=None if number is None else int(number),
-            initialization_timeout=60,  # seconds in which all must come
+            initialization_timeout=10 * JOINING,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=30,  # how long a process that fails alone waits before JAX ends the others
         )
     except Exception as error:  # what finds the cluster and what connects raise whatever they raise
         if (address, count, number) == (None,) * 3 and isinstance(error, ValueError):
             return  # no address is known: there is no cluster
-        raise InputError(
-            f"this process could not join the others ({' '.join(str(error).split())[:300]}): start the program on all "
-            f"hosts at once, and where JAX does not find the cluster set {', '.join(SETTINGS)}"
-        ) from error
+        raise InputError(_not_joined(" ".join(str(error).split())[:300])) from error
+    finally:
+        waiting.cancel()
     _end_in_one_sentence()
+
+
+def _not_joined(reason: str) -> str:
+    return (
+        f"this process could not join the others ({reason}): start the program on all hosts at once, and where JAX does "
+        f"not find the cluster set {', '.join(SETTINGS)}"
+    )
+
+
+def _give_up() -> None:
+    """Ends this process, which waits for the others within JAX."""
+    print(f"error: {_not_joined(f'not all came within {JOINING} seconds')}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end_in_one_sentence() -> None:
@@ -163,8 +183,8 @@ def exit_on_input_error() -> Iterator[None]:
     except (InputError, OSError) as error:
         alone = not all_reached(seconds=10)
         sys.exit(sentence(error) if alone or is_first() else 1)
-    except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized() or not LOST.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises one or the other
+        if not jax.distributed.is_initialized() or not LOST.match(str(error)):
             raise
         print(last_words.SENTENCE.decode(), end="", file=sys.stderr, flush=True)
         os._exit(1)  # JAX would wait for the others

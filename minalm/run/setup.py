@@ -26,10 +26,9 @@ from minalm.batches import (
 )
 from minalm.distill.losses import LOSSES, LossConfig
 from minalm.errors import InputError, check_at_least, flag
-from minalm.huggingface import weights
 from minalm.huggingface.configs import known_config
 from minalm.huggingface.folder import GenerationConfig, read_generation_config, write_start
-from minalm.huggingface.loaded import LoadedModel
+from minalm.huggingface.loaded import LoadedModel, model_folder
 from minalm.models.bolmo import Bolmo
 from minalm.models.bolmo_student import SAMPLE as POOL_SAMPLE
 from minalm.models.bolmo_student import bolmo_from_teacher
@@ -204,7 +203,7 @@ def load_models(config: StudentConfig, student_length: int, seed: int) -> Models
     teacher = None if config.teacher is None else LoadedModel.read(config.teacher)
     generation_config = GenerationConfig()
     if config.student is not None or teacher is not None:
-        generation_config = read_generation_config(weights.find(config.student or config.teacher))
+        generation_config = read_generation_config(model_folder(config.student or config.teacher))
     if config.student is not None:
         student = LoadedModel.read(config.student)
         model, vocabulary, suffixes = student.model, student.vocabulary, student.suffixes
@@ -795,7 +794,7 @@ def fingerprints(student: StudentConfig, texts: Texts, losses: LossConfig) -> di
         found["the held-out text"] = texts.held_out.fingerprint
     for name, path in (("teacher", student.teacher), ("student", student.student)):
         if path is not None:
-            found[f"the model of --{name}"] = model_fingerprint(weights.find(path))
+            found[f"the model of --{name}"] = model_fingerprint(model_folder(path))
     if isinstance(student.student_tokenizer, Path):
         found["the tokenizer of --student-tokenizer"] = model_fingerprint(student.student_tokenizer)
     if losses.pair_bias is not None:
