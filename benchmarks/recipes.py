@@ -3,7 +3,7 @@
     python benchmarks/recipes.py                    # all recipes, 250 steps, three shares of the text
     python benchmarks/recipes.py --table quickstart # the quickstart's own setting: the README's table
     python benchmarks/recipes.py --table cross      # quickstart-cross: a narrower model of random weights
-    python benchmarks/recipes.py --table bolmo      # the quickstart beside quickstart-bolmo: equal bytes of training
+    python benchmarks/recipes.py --table bolmo      # Bolmos of the quickstart's teacher beside its byte student
 
 Each recipe takes its learning rate from runs on all of the text with seed 0, measured on other held-out rows than the
 table is; the grid grows by a factor of 2 until its edge is not the best. One process a core, one core a process.
@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ PAIRS = "pair-bias.safetensors"  # in --out
 MEASURES = ("bits per byte", "nats a chunk", "greedy bytes", "calibration")
 SFT, ALM = ([*"--losses.next-byte 0 --losses.sft 1 --losses.alm".split(), weight] for weight in "01")
 NO_LATENTS = ["--losses.latents", "0"]
-PRESETS = {  # name of a table -> for each row the preset, and what is changed
+PRESETS = {  # name of a table -> for each row the preset, and what is changed; or two, of which the second goes on
     "quickstart": {
         "the quickstart (next byte + sft)": ("quickstart", []),
         "sft alone": ("quickstart", SFT),
@@ -61,8 +61,10 @@ PRESETS = {  # name of a table -> for each row the preset, and what is changed
         "alm + sft + latents": ("quickstart-cross", ALM),
     },
     "bolmo": {
-        "byte student with expansion": ("quickstart", []),
-        "Bolmo": ("quickstart-bolmo", []),
+        "byte student, as many bytes": ("quickstart", ["--steps", "700"]),
+        "byte student, as many seconds": ("quickstart", ["--steps", "1000"]),
+        "Bolmo, stage 2 alone": ("quickstart-bolmo", []),
+        "Bolmo, two stages": (*("quickstart-bolmo-stage1", []), *("quickstart-bolmo-stage2", [])),
     },
 }
 
@@ -96,6 +98,16 @@ def run(arguments: list[str], out: Path, preset: str = "quickstart") -> dict:
 
         train.cli([preset, *arguments, "--out", str(out), *(["--overwrite"] if out.exists() else [])])
     return json.loads((out / "summary.json").read_text())
+
+
+def run_stages(arguments: list[str], out: Path, stages: Sequence) -> dict:
+    """The summary of a run, or of two, of which the second begins with the student of the first; `seconds` of both."""
+    preset, flags, *second = stages
+    first = run([*flags, *arguments], out, preset)
+    if not second:
+        return first
+    whole = run_stages([*arguments, "--student", str(out)], out.with_name(f"{out.name}-2"), second)
+    return {**whole, "seconds": first["seconds"] + whole["seconds"]}
 
 
 def write_pairs(file: Path) -> None:
@@ -221,11 +233,14 @@ def presets(settings: Settings, pool: ProcessPoolExecutor) -> None:
     rows = {
         name: [
             pool.submit(
-                run, [*flags, "--seed", str(seed), "--samples", "0"], settings.out / f"{preset}-{number}-{seed}", preset
+                run_stages,
+                ["--seed", str(seed), "--samples", "0"],
+                settings.out / f"{stages[0]}-{number}-{seed}",
+                stages,
             )
             for seed in settings.seeds
         ]
-        for number, (name, (preset, flags)) in enumerate(PRESETS[settings.table].items())
+        for number, (name, stages) in enumerate(PRESETS[settings.table].items())
     }
     print(f"| | {' | '.join(MEASURES)} | seconds |")
     print("|---" * (2 + len(MEASURES)) + "|")

@@ -1,5 +1,6 @@
 """Named runs of train.py: for each a sentence, and the groups of settings that differ from their defaults."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,30 @@ def bolmo(stage: int, size: str, teacher: str, local_mlp: int, rates: tuple[floa
     )
 
 
+def small_bolmo(
+    name: str, student: StudentConfig, losses: LossConfig, steps: int, rates: tuple[float, float | None]
+) -> dict[str, Any]:
+    """A run on the quickstart's text. `rates`: of what is new, and of the teacher's layers."""
+    rate, block_rate = rates
+    return dict(
+        run=RunConfig(out=Path("runs") / name, save_interval=500),
+        student=dataclasses.replace(student, teacher=TEACHER, train_expansion=True),
+        data=DataConfig(
+            stdlib=True, stdlib_fraction=0.25, batch_size=4, piece_bytes=384, student_length=384, teacher_length=160
+        ),
+        losses=losses,
+        optimizer=OptimizerConfig(
+            steps=steps,
+            learning_rate=rate,
+            block_learning_rate=block_rate,
+            warmup_steps=50,
+            weight_decay=0.1,
+            clip_norm=0.5,
+        ),
+        compute=ComputeConfig(compute_dtype="float32"),
+    )
+
+
 BOLMO_SIZES = {  # teacher, hidden units of a byte block, learning rates of stage 1 and of stage 2
     "1b": ("allenai/OLMo-2-0425-1B", 2816, (7e-4, None), (5.2e-5, 2.6e-5)),
     "7b": ("allenai/Olmo-3-1025-7B", 5504, (5e-4, None), (3.66e-5, 1.83e-5)),
@@ -124,18 +149,29 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "quickstart-bolmo": (
-        "The quickstart's teacher becomes a Bolmo: minutes on 2 CPU cores.",
-        dict(
-            run=RunConfig(out=Path("runs/quickstart-bolmo"), save_interval=500),
-            student=StudentConfig(teacher=TEACHER, kind="bolmo", local_heads=4, train_expansion=True),
-            data=DataConfig(
-                stdlib=True, stdlib_fraction=0.25, batch_size=4, piece_bytes=384, student_length=384, teacher_length=160
-            ),
-            losses=BOLMO_STAGE_2,
-            optimizer=OptimizerConfig(
-                steps=1_000, learning_rate=6e-3, warmup_steps=50, weight_decay=0.1, clip_norm=0.5
-            ),
-            compute=ComputeConfig(compute_dtype="float32"),
+        "The quickstart's teacher becomes a Bolmo at once, without stage 1: minutes on 2 CPU cores.",
+        small_bolmo(
+            "quickstart-bolmo", StudentConfig(kind="bolmo", local_heads=4), BOLMO_STAGE_2, 700, rates=(6e-3, None)
+        ),
+    ),
+    "quickstart-bolmo-stage1": (
+        "The same in two stages, in as many steps. 1: the parts around the teacher learn, guided by it.",
+        small_bolmo(
+            "quickstart-bolmo-stage1",
+            StudentConfig(kind="bolmo", local_heads=4, train_blocks=False),
+            dataclasses.replace(BOLMO_STAGE_1, representation_blocks=2),
+            350,
+            rates=(6e-3, None),
+        ),
+    ),
+    "quickstart-bolmo-stage2": (
+        "Stage 2, from runs/quickstart-bolmo-stage1: all of it learns.",
+        small_bolmo(
+            "quickstart-bolmo-stage2",
+            StudentConfig(student=Path("runs/quickstart-bolmo-stage1")),
+            BOLMO_STAGE_2,
+            350,
+            rates=(3e-3, 1.5e-3),
         ),
     ),
     "quickstart-cross": (

@@ -522,6 +522,7 @@ def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_compilation_for_cpu_devices(tmp_path):
     done = run(tmp_path, "quickstart", "--compile-only", "cpu:8", "--mesh.fsdp", "4", "--mesh.tp", "1", *SMALL)
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []

@@ -129,7 +129,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("expanded", (True, False))
-@pytest.mark.parametrize("fsdp, tp", ((1, 1), (2, 2), (1, 4)))
+@pytest.mark.parametrize("fsdp, tp", ((1, 1), (2, 2), pytest.param(1, 4, marks=pytest.mark.slow)))
 def test_greedy_continuations_are_those_of_whole_passes(expanded, fsdp, tp):
     config = dataclasses.replace(BYTES, expansion_size=40 if expanded else None)
     model, search = random_model(config), byte_suffixes() if expanded else None

@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
 
 
 @pytest.mark.parametrize("all_layers", (False, True))
-@pytest.mark.parametrize("axes", ((1, 1), (2, 2)))
+@pytest.mark.parametrize("axes", (pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)))
 def test_states_are_those_of_the_student_times_the_maps(all_layers, axes):
     student = jax.device_get(initialize(CONFIG, jax.random.key(0)))
     depth = CONFIG.layers + 1 if all_layers else 1

@@ -73,7 +73,9 @@ def test_logits_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", ("llama3", "gemma2", "gemma3", "qwen2", "olmo3"))
-@pytest.mark.parametrize("fsdp, tp", ((2, 1), (1, 2), (2, 2)))
+@pytest.mark.parametrize(
+    "fsdp, tp", (pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (2, 2))
+)
 def test_logits_on_a_mesh(name, fsdp, tp):
     model, tokens, expected = load(name)
     np.testing.assert_allclose(compute(model, tokens, fsdp, tp), expected, rtol=0, atol=1e-5)
@@ -90,71 +92,75 @@ def test_rematerialisation_does_not_change_the_logits(remat):
     np.testing.assert_allclose(compute(model, tokens, remat=remat), expected, rtol=0, atol=1e-5)
 
 
+SETTINGS = (
+    ("llama3", {"rope": Rope(100.0)}),
+    ("llama3", {"rope": Rope(10_000.0, load("llama3")[0].config.rope.scaling)}),
+    ("llama3", {"query_scale": 1 / 24**0.5}),
+    ("llama3", {"norm_eps": 1e-2}),
+    ("llama3", {"norm_plus_one": True}),
+    ("llama3", {"activation": "gelu_tanh"}),
+    ("llama3", {"embedding_scale": 24**0.5}),
+    ("llama3", {"windows": (3, None, 3)}),
+    ("gemma2", {"rope": Rope(10_000.0)}),
+    ("gemma2", {"query_scale": None}),
+    ("gemma2", {"attention_softcap": None}),
+    ("gemma2", {"final_softcap": None}),
+    ("gemma2", {"norm_plus_one": False}),
+    ("gemma2", {"activation": "silu"}),
+    ("gemma2", {"embedding_scale": 1.0}),
+    ("gemma2", {"windows": (None, None, None)}),
+    ("gemma2", {"windows": (None, 3, None)}),
+    ("gemma2", {"windows": (3, None, 4)}),  # one too wide, in the last block
+    ("gemma2", {"windows": (4, None, 3)}),  # and in the first
+    ("gemma3", {"rope": Rope(100.0)}),
+    ("gemma3", {"rope": Rope(1_000.0, LinearScaling(4.0))}),
+    ("gemma3", {"rope": Rope(100.0, LinearScaling(2.0))}),
+    ("gemma3", {"local_rope": None}),
+    ("gemma3", {"local_rope": Rope(100.0)}),
+    ("gemma3", {"windows": (3, None, 4)}),
+    ("gemma3", {"query_scale": None}),
+    ("gemma3", {"norm_plus_one": False}),
+    ("gemma3", {"embedding_scale": 1.0}),
+    ("mistral", {"windows": (3, None, 3)}),
+    ("mistral", {"windows": (None, 3, 3)}),
+    ("qwen2", {"windows": (None, None, 3)}),
+    ("qwen2_yarn", {"rope": Rope(100.0)}),
+    ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(4.0, 1.2079441541679836, 2.0, 0.1, 16, False))}),
+    ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.0, 2.0, 0.1, 16, False))}),
+    ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 4.0, 0.1, 16, False))}),
+    ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.2, 16, False))}),
+    ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.1, 32, False))}),
+    ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.1, 16, True))}),
+    ("qwen3", {"norm_eps": 1e-2}),
+    ("olmo2", {"norm_eps": 1e-2}),
+    ("olmo3", {"rope": Rope(100.0)}),
+    ("olmo3", {"local_rope": None}),
+    ("olmo3", {"windows": (3, None, 4)}),
+    ("smollm3", {"unrotated_layers": ()}),
+    ("smollm3", {"unrotated_layers": (2,)}),
+    ("smollm3", {"unrotated_layers": (0,)}),  # the last block is rotated
+    ("smollm3", {"unrotated_layers": (0, 1, 2)}),
+    ("smollm3", {"windows": (None, None, 3)}),
+    ("phi3", {"windows": (4, 5, 5)}),
+    ("phi3", {"rope": Rope(100.0, share=0.75)}),
+    ("phi3", {"rope": Rope(100.0, longrope(16, short_factors=(1.0, 1.3, 2.0, 3.0)))}),
+    ("phi3", {"rope": Rope(1_000.0, longrope(16), 0.75)}),
+    ("phi3", {"rope": Rope(100.0, longrope(16, attention_factor=1.0), 0.75)}),
+    ("phi3", {"rope": Rope(100.0, longrope(16, short_factors=(1.1, 2.0, 4.0)), 0.75)}),
+    ("phi3", {"rope": Rope(100.0, longrope(10, attention_factor=1.5**0.5), 0.75)}),  # the long factors
+    ("phi3_long", {"rope": Rope(100.0, longrope(8, long_factors=(1.1, 2.0, 4.0)), 0.75)}),
+    ("phi3_long", {"rope": Rope(100.0, longrope(11, attention_factor=2**0.5), 0.75)}),  # the short ones
+    ("granite", {"embedding_scale": 1.0}),
+    ("granite", {"residual_scale": 1.0}),
+    ("granite", {"query_scale": None}),
+    ("granite", {"logits_divisor": 1.0}),
+)
+SLOW = ("smollm3", "phi3", "phi3_long", "granite")
+
+
 @pytest.mark.parametrize(
     "name, settings",
-    (
-        ("llama3", {"rope": Rope(100.0)}),
-        ("llama3", {"rope": Rope(10_000.0, load("llama3")[0].config.rope.scaling)}),
-        ("llama3", {"query_scale": 1 / 24**0.5}),
-        ("llama3", {"norm_eps": 1e-2}),
-        ("llama3", {"norm_plus_one": True}),
-        ("llama3", {"activation": "gelu_tanh"}),
-        ("llama3", {"embedding_scale": 24**0.5}),
-        ("llama3", {"windows": (3, None, 3)}),
-        ("gemma2", {"rope": Rope(10_000.0)}),
-        ("gemma2", {"query_scale": None}),
-        ("gemma2", {"attention_softcap": None}),
-        ("gemma2", {"final_softcap": None}),
-        ("gemma2", {"norm_plus_one": False}),
-        ("gemma2", {"activation": "silu"}),
-        ("gemma2", {"embedding_scale": 1.0}),
-        ("gemma2", {"windows": (None, None, None)}),
-        ("gemma2", {"windows": (None, 3, None)}),
-        ("gemma2", {"windows": (3, None, 4)}),  # one too wide, in the last block
-        ("gemma2", {"windows": (4, None, 3)}),  # and in the first
-        ("gemma3", {"rope": Rope(100.0)}),
-        ("gemma3", {"rope": Rope(1_000.0, LinearScaling(4.0))}),
-        ("gemma3", {"rope": Rope(100.0, LinearScaling(2.0))}),
-        ("gemma3", {"local_rope": None}),
-        ("gemma3", {"local_rope": Rope(100.0)}),
-        ("gemma3", {"windows": (3, None, 4)}),
-        ("gemma3", {"query_scale": None}),
-        ("gemma3", {"norm_plus_one": False}),
-        ("gemma3", {"embedding_scale": 1.0}),
-        ("mistral", {"windows": (3, None, 3)}),
-        ("mistral", {"windows": (None, 3, 3)}),
-        ("qwen2", {"windows": (None, None, 3)}),
-        ("qwen2_yarn", {"rope": Rope(100.0)}),
-        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(4.0, 1.2079441541679836, 2.0, 0.1, 16, False))}),
-        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.0, 2.0, 0.1, 16, False))}),
-        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 4.0, 0.1, 16, False))}),
-        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.2, 16, False))}),
-        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.1, 32, False))}),
-        ("qwen2_yarn", {"rope": Rope(100.0, YarnScaling(8.0, 1.2079441541679836, 2.0, 0.1, 16, True))}),
-        ("qwen3", {"norm_eps": 1e-2}),
-        ("olmo2", {"norm_eps": 1e-2}),
-        ("olmo3", {"rope": Rope(100.0)}),
-        ("olmo3", {"local_rope": None}),
-        ("olmo3", {"windows": (3, None, 4)}),
-        ("smollm3", {"unrotated_layers": ()}),
-        ("smollm3", {"unrotated_layers": (2,)}),
-        ("smollm3", {"unrotated_layers": (0,)}),  # the last block is rotated
-        ("smollm3", {"unrotated_layers": (0, 1, 2)}),
-        ("smollm3", {"windows": (None, None, 3)}),
-        ("phi3", {"windows": (4, 5, 5)}),
-        ("phi3", {"rope": Rope(100.0, share=0.75)}),
-        ("phi3", {"rope": Rope(100.0, longrope(16, short_factors=(1.0, 1.3, 2.0, 3.0)))}),
-        ("phi3", {"rope": Rope(1_000.0, longrope(16), 0.75)}),
-        ("phi3", {"rope": Rope(100.0, longrope(16, attention_factor=1.0), 0.75)}),
-        ("phi3", {"rope": Rope(100.0, longrope(16, short_factors=(1.1, 2.0, 4.0)), 0.75)}),
-        ("phi3", {"rope": Rope(100.0, longrope(10, attention_factor=1.5**0.5), 0.75)}),  # the long factors
-        ("phi3_long", {"rope": Rope(100.0, longrope(8, long_factors=(1.1, 2.0, 4.0)), 0.75)}),
-        ("phi3_long", {"rope": Rope(100.0, longrope(11, attention_factor=2**0.5), 0.75)}),  # the short ones
-        ("granite", {"embedding_scale": 1.0}),
-        ("granite", {"residual_scale": 1.0}),
-        ("granite", {"query_scale": None}),
-        ("granite", {"logits_divisor": 1.0}),
-    ),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else ()) for case in SETTINGS],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )
 def test_every_setting_moves_the_logits(name, settings):

@@ -170,7 +170,7 @@ def padded(pieces):
     return [*pieces, *[()] * (8 - len(pieces))]
 
 
-@pytest.mark.parametrize("window", [1, pytest.param(3, marks=pytest.mark.slow), 256])
+@pytest.mark.parametrize("window", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3)), 256])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_an_enumeration(kind, window, monkeypatch):
     monkeypatch.setattr(prefixes, "WINDOW", window)

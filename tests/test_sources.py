@@ -491,7 +491,7 @@ def mixture(sizes, weights) -> Corpus:
     seed=st.integers(-(2**70), 2**70),
     size=st.integers(1, 7),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 def test_a_mixture_has_its_shares_and_each_source_its_epochs(parts, seed, size):
     sizes, weights = zip(*parts)
     corpus = mixture(sizes, weights)

@@ -80,7 +80,9 @@ def test_a_stop_inside_a_draft_ends_the_text(made, always):
     assert found == plain[: plain.index(stop)]
 
 
-@pytest.mark.parametrize("settings", ({}, {"top_k": 4, "repetition_penalty": 1.3}))
+@pytest.mark.parametrize(
+    "settings", (pytest.param({}, marks=pytest.mark.slow), {"top_k": 4, "repetition_penalty": 1.3})
+)
 def test_samples_have_the_same_distribution(always, settings):
     """A chi-square test of the last two of four tokens, which a draft proposed, against sampling one by one."""
     config = dataclasses.replace(BYTES, vocab_size=8, expansion_size=None, layers=2, windows=(None, 3))

@@ -243,7 +243,8 @@ def test_files_of_folders_in_order(tmp_path: Path) -> None:
 def test_chats_are_known_before_a_piece_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "plain"}')
     assert (
-        read_corpus([tmp_path], 200, RowReader(Chats(read_chat))).has_chats and not text_corpus(["plain"], limit=100).has_chats
+        read_corpus([tmp_path], 200, RowReader(Chats(read_chat))).has_chats
+        and not text_corpus(["plain"], limit=100).has_chats
     )
     with pytest.raises(InputError, match="x.jsonl, line 1: a chat, which cannot be read without a chat template"):
         read_corpus([tmp_path], limit=200)

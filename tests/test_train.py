@@ -338,7 +338,9 @@ def test_a_run_goes_on_bit_for_bit(finished, stopped, files, tmp_path):
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
 
 
-@pytest.mark.parametrize("after", ("before the checkpoint", "after the checkpoint"))
+@pytest.mark.parametrize(
+    "after", (pytest.param("before the checkpoint", marks=pytest.mark.slow), "after the checkpoint")
+)
 def test_rows_of_evaluations_and_samples(finished, files, tmp_path, after):
     """At the start, each interval and the end; a run that goes on has the same, wherever it was ended."""
     assert [row["step"] for row in rows(finished, "evaluations")] == [0, 2, 4]
@@ -614,7 +616,8 @@ def test_a_student_is_trained_without_a_teacher(finished, alone, files, tmp_path
     assert contents(out / "hf").keys() == contents(finished / "hf").keys()
 
 
-@pytest.mark.parametrize("kind", ("bytes", pytest.param("subwords", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("bytes", "subwords"))
 def test_a_byte_student_is_a_teacher(finished, alone, files, tmp_path, kind):
     """Its input expansion is read on the teacher's side too."""
     student = finished / "hf" if kind == "bytes" else files.untied
@@ -959,6 +962,7 @@ def test_two_runs_in_one_folder(stopped, files, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_as_it_starts_leaves_its_place_free(files, tmp_path):
     """In a process of its own, which is killed while the folder is made."""
     code = f"""
@@ -1048,6 +1052,7 @@ def test_parameters_that_are_not_finite_are_not_saved(files, tmp_path):
     assert not (tmp_path / "run" / "hf").exists() and not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_devices_without_work_are_named(files, tmp_path, capsys):
     """Batches of 6 rows on the 8 devices of these tests use 2."""
     words = arguments(files, tmp_path / "run", batch_size=6, steps=1, losses__latents=0)
