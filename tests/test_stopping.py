@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -362,6 +363,24 @@ def test_a_disk_that_is_full_or_read_only(tmp_path, limits):
             assert (disk / "run" / "summary.json").exists()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_files_that_the_system_lets_grow_no_further(tmp_path):
+    """A limit on the size of a file."""
+    words = "quickstart --steps 2 --warmup-steps 1 --samples 0 --evaluation-rows 4 --out".split()
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 4000; exec "$0" "$@"',
+        sys.executable,
+        ROOT / "train.py",
+        *words,
+        tmp_path / "run",
+    ]
+    done = subprocess.run(limited, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}, check=False)
+    assert done.returncode == 1 and not (tmp_path / "run" / "summary.json").exists()
+    assert re.search(r"^error: .*could not be written \(File too large: .*nothing is saved", done.stderr, re.MULTILINE)
 
 
 # --- the folder of a run --------------------------------------------------------------------------------------------
