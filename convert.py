@@ -47,7 +47,8 @@ from minalm.parallel.distributed import exit_on_input_error
 from minalm.run import checkpoint
 from minalm.run.export import export as export_run
 from minalm.run.folder import RunFolder, is_run
-from minalm.run.setup import DataConfig, StudentConfig, new_vocabulary, read_texts
+from minalm.run.models import StudentConfig, new_vocabulary
+from minalm.run.texts import DataConfig, read_texts
 from minalm.tokenization.chats import ChatReader
 from minalm.tokenization.pair_bias import count_pairs, pair_bias, write_pair_bias
 from minalm.tokenization.transfer import plan_transfer

@@ -52,17 +52,19 @@ from minalm.parallel.mesh import (
     shardings,
     specs,
 )
-from minalm.run import checkpoint, console, estimate, setup
+from minalm.run import checkpoint, console, estimate
 from minalm.run.command_line import Command, parse
 from minalm.run.compute import ComputeConfig
 from minalm.run.export import export
+from minalm.run.fingerprint import fingerprints
 from minalm.run.folder import FINISHED, RunConfig, RunFolder, check_out, open_run, run_date
+from minalm.run.models import Models, StudentConfig, for_losses, load_models, model_shapes
 from minalm.run.optimizer import OptimizerConfig, learning_rate, make_optimizer, optimizer_shardings
 from minalm.run.processes import check_same_inputs, check_same_settings
 from minalm.run.recorder import EvaluationConfig, Recorder, check_weights
 from minalm.run.settings import plain
-from minalm.run.setup import DataConfig, Models, StudentConfig
 from minalm.run.stop import StopSignals
+from minalm.run.texts import DataConfig, check_packing, load_texts
 from minalm.run.trackers import Trackers, TrackingConfig
 from minalm.types import Batch
 
@@ -263,15 +265,15 @@ def run(command: Command, signals: StopSignals) -> None:
         if is_first():
             check_out(config.run, inputs)
         mesh = run_mesh(config.mesh, config.data.batch_size, config.compute.accumulation)
-        models = setup.load_models(config.student, config.data.student_length, config.seed)
-        models = setup.for_losses(models, config.losses, config.seed)
+        models = load_models(config.student, config.data.student_length, config.seed)
+        models = for_losses(models, config.losses, config.seed)
         say = console.say if is_first() else lambda text: None
-        texts = setup.load_texts(config.data, models, config.seed, mesh, date, config.losses, say)
+        texts = load_texts(config.data, models, config.seed, mesh, date, config.losses, say)
         config.evaluation.check_rows(texts)
         specs((models.student.model, models.teacher and models.teacher.model), mesh)  # raises if it does not divide
 
     with barrier():
-        prints = setup.fingerprints(config.student, texts, config.losses)
+        prints = fingerprints(config.student, texts, config.losses)
     check_same_inputs(prints)
     folder, step, notes = RunFolder(config.run.out), 0, []
     with barrier():
@@ -363,9 +365,9 @@ def estimated(config: Config) -> estimate.Estimate:
     data, optimizer = config.data, make_optimizer(config.optimizer)
     topology = estimate.parse_topology(config.compile_only)
     mesh = run_mesh(config.mesh, data.batch_size, config.compute.accumulation, estimate.topology_devices(topology))
-    models = setup.model_shapes(config.student, data.student_length, config.seed)
-    setup.check_packing(data, models)
-    models = setup.for_losses(models, config.losses, config.seed)
+    models = model_shapes(config.student, data.student_length, config.seed)
+    check_packing(data, models)
+    models = for_losses(models, config.losses, config.seed)
     state, frozen = initial_state(models, mesh, optimizer, config.compute.dtype, shard_shapes)
     update = jax.jit(functools.partial(train_step, config.losses, config.compute, optimizer, mesh), donate_argnums=0)
     arguments = state, frozen, estimate.batch_shapes(data, models, mesh, config.losses.chunks == "unbiased")

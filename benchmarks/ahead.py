@@ -25,7 +25,7 @@ def measure(preset: str, topology: str, fsdp: int, tp: int, remat: str) -> dict:
 
     import train
     from minalm.parallel.mesh import MeshConfig
-    from minalm.run.setup import model_shapes
+    from minalm.run.models import model_shapes
 
     config = train.PRESETS[preset][1]
     compute = dataclasses.replace(config.compute, remat=remat)

@@ -68,8 +68,8 @@ def measure(case: Case) -> dict[str, float]:
     from minalm.presets import TEACHER
     from minalm.run import estimate
     from minalm.run.compute import ComputeConfig
+    from minalm.run.models import Models, StudentConfig, trained_parameters, with_prefixes
     from minalm.run.optimizer import OptimizerConfig, make_optimizer
-    from minalm.run.setup import Models, StudentConfig, trained_parameters, with_prefixes
     from minalm.text.corpus import text_corpus
     from minalm.text.stdlib import stdlib_documents
     from minalm.tokenization.suffixes import longest_suffix

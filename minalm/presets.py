@@ -10,8 +10,9 @@ from minalm.models.config import ModelConfig
 from minalm.parallel.mesh import MeshConfig
 from minalm.run.compute import ComputeConfig
 from minalm.run.folder import RunConfig
+from minalm.run.models import StudentConfig
 from minalm.run.optimizer import OptimizerConfig
-from minalm.run.setup import DataConfig, StudentConfig
+from minalm.run.texts import DataConfig
 
 TEACHER = Path(__file__).parents[1] / "quickstart_teacher"  # of the quickstart; beside the package in the repository
 BEST = {"sft": 1.0, "alm": 0.0, "next_byte": 1.0}  # of the recipes compared in docs/recipes.md

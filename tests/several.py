@@ -27,7 +27,8 @@ from minalm.models import transformer
 from minalm.models.config import ModelConfig
 from minalm.parallel import distributed
 from minalm.parallel.mesh import ROWS, P, local_rows, make_mesh, shard, shard_map, shard_rows, specs
-from minalm.run import checkpoint, setup
+from minalm.run import checkpoint
+from minalm.run import texts as run_texts
 
 MESHES = ((8, 1), (4, 2), (2, 4))
 
@@ -53,7 +54,7 @@ def runs(jobs: Path) -> None:
         note(jobs.parent, texts=texts)
         return make_batch(pieces, student, teacher)
 
-    setup.make_batch = recorded
+    run_texts.make_batch = recorded
     samples.NEW_TOKENS = 6
     distributed.join()
     *others, last = json.loads(jobs.read_text())[jax.process_index()]

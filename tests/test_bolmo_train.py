@@ -21,8 +21,8 @@ from minalm.models.bolmo_student import pooled
 from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.kinds import abstract
 from minalm.models.transformer import initialize, leaves
+from minalm.run.models import Models, StudentConfig, bolmo_config, for_losses, new_student
 from minalm.run.optimizer import OptimizerConfig, decays, make_optimizer
-from minalm.run.setup import Models, StudentConfig, bolmo_config, for_losses, new_student
 from minalm.text.documents import Segment, Special
 from minalm.tokenization.compression import kept_by_pairs, kept_by_space, ratio_at
 from minalm.tokenization.suffixes import bolmo_suffixes

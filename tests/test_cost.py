@@ -27,8 +27,9 @@ from minalm.models.config import Llama3Scaling, ModelConfig, Rope
 from minalm.models.contract import read
 from minalm.models.head import PrefixTree, VocabularyMask
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard_map, shard_shapes, specs
-from minalm.run import console, estimate, setup
-from minalm.run.setup import load_models, model_shapes
+from minalm.run import console, estimate
+from minalm.run import models as run_models
+from minalm.run.models import load_models, model_shapes, with_prefixes
 from minalm.tokenization.pair_bias import PairBias, UnbiasedEnds
 
 WINDOWED = ModelConfig(
@@ -535,7 +536,7 @@ def test_shapes_are_those_of_a_run(monkeypatch):
     config = train.PRESETS["quickstart"][1]
     data, mesh = dataclasses.replace(config.data, batch_size=8), make_mesh(4, 1)
     models = load_models(config.student, data.student_length, 0)
-    monkeypatch.setattr(setup, "known_config", {"org/name": models.teacher.model.config}.get)
+    monkeypatch.setattr(run_models, "known_config", {"org/name": models.teacher.model.config}.get)
     by_name = model_shapes(dataclasses.replace(config.student, teacher=Path("org/name")), data.student_length, 0)
     for ours, theirs in ((by_name.student.model, models.student.model), (by_name.teacher.model, models.teacher.model)):
         assert ours.config == theirs.config
@@ -586,7 +587,7 @@ def test_an_estimate_of_a_step(monkeypatch, capsys):
     assert found.memory["trained parameters"] == bytes_on_a_device(student, 8)  # the expansion is trained too
     assert found.memory["optimizer"] == 2 * bytes_on_a_device(student, 8) + 2 * 4  # and two counts of steps
     losses = train.PRESETS["quickstart"][1].losses
-    tree = PrefixTree.of(setup.with_prefixes(models, losses).prefixes)  # whole on each device
+    tree = PrefixTree.of(with_prefixes(models, losses).prefixes)  # whole on each device
     entries = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     assert found.memory["teacher and other frozen"] == pytest.approx(bytes_on_a_device(teacher, 8) + entries, rel=0.05)
     assert 1.0 < 8 * found.flops / found.model_flops < 2.0

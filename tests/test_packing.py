@@ -30,7 +30,8 @@ from minalm.models.kinds import abstract
 from minalm.models.transformer import leaves
 from minalm.packing import Sizes, pack, place
 from minalm.parallel.mesh import ROWS, P, make_mesh, shard, shard_map, shard_rows, specs
-from minalm.run.setup import DataConfig, Models, check_packing, load_models, load_texts
+from minalm.run.models import Models, load_models
+from minalm.run.texts import DataConfig, check_packing, load_texts
 from minalm.tokenization.suffixes import longest_suffix
 
 TEXTS = [*PIECES[:2], plain("the user")[:2], plain("\u65e5 model")[:2], *PIECES[3:], plain(" end"), (), plain("two\n")]

@@ -150,13 +150,13 @@ with StopSignals(Path("run")) as signals, signals.in_loop():
 
 def test_a_signal_outside_of_the_steps(stopped, tmp_path, monkeypatch, capsys):
     """While a run is being read there is nothing to save. It says so, and where it stands if it goes on."""
-    load = train.setup.load_texts
+    load = train.load_texts
 
     def asked(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return load(*arguments)
 
-    monkeypatch.setattr(train.setup, "load_texts", asked)
+    monkeypatch.setattr(train, "load_texts", asked)
     for out, words, code, sentence in (
         (tmp_path / "new", [], 143, "Ended before a step was saved"),
         (stopped, ["--resume"], 0, "stands after step 4, which is saved"),

@@ -43,9 +43,11 @@ from minalm.report import __main__ as report
 from minalm.report import runs
 from minalm.run import checkpoint
 from minalm.run import folder as run_folder
+from minalm.run.fingerprint import fingerprints
 from minalm.run.folder import JsonLines, RunFolder, open_run, start_run
+from minalm.run.models import OF_A_NEW_BOLMO, OF_A_NEW_STUDENT, StudentConfig, load_models
 from minalm.run.settings import flat, plain
-from minalm.run.setup import OF_A_NEW_BOLMO, OF_A_NEW_STUDENT, StudentConfig, fingerprints, load_models, load_texts
+from minalm.run.texts import load_texts
 from minalm.text.corpus import read_corpus, text_corpus
 from minalm.tokenization.tokenizer_json import load_vocabulary
 from minalm.tokenization.train_bpe import train_bpe
@@ -938,12 +940,12 @@ def test_a_folder_that_appears_meanwhile_is_left_alone(stopped, files, tmp_path,
         return {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.setup, "fingerprints", appear)
+        patch.setattr(train, "fingerprints", appear)
         assert "exists: go on with --resume" in refused(arguments(files, out))
         assert tree(tmp_path) == {"run/precious": b"keep"}
         shutil.rmtree(out)
         shutil.copytree(stopped, out)
-        patch.setattr(train.setup, "fingerprints", lambda *_: (out / "run.json").unlink() or appear())
+        patch.setattr(train, "fingerprints", lambda *_: (out / "run.json").unlink() or appear())
         assert "is not a run of this program" in refused(arguments(files, out, overwrite=True))
     assert (out / "precious").read_text() == "keep" and [path.name for path in tmp_path.iterdir()] == ["run"]
 

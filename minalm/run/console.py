@@ -18,8 +18,9 @@ from rich.text import Text
 
 from minalm.run.command_line import Command, changed
 from minalm.run.estimate import Estimate, Work
+from minalm.run.models import Models
 from minalm.run.settings import flat, plain
-from minalm.run.setup import Models, Texts
+from minalm.run.texts import Texts
 from minalm.text.documents import Markup, Piece
 from minalm.tokenization.vocabulary import Vocabulary
 from minalm.types import Batch

@@ -28,7 +28,8 @@ from minalm.models.bolmo import Bolmo
 from minalm.models.config import BolmoConfig, ModelConfig
 from minalm.models.transformer import Transformer
 from minalm.parallel.mesh import ROWS, shardings
-from minalm.run.setup import DataConfig, Models
+from minalm.run.models import Models
+from minalm.run.texts import DataConfig
 from minalm.types import AlignedChunks, Batch, BytePlaces, Tokens
 
 # --- chips --------------------------------------------------------------------------------------------------------

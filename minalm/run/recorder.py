@@ -25,7 +25,7 @@ from minalm.run.checkpoint import Checkpoints
 from minalm.run.estimate import Work
 from minalm.run.folder import LOGS, RunConfig, RunFolder
 from minalm.run.optimizer import OptimizerConfig
-from minalm.run.setup import Texts
+from minalm.run.texts import Texts
 from minalm.run.trackers import Trackers
 
 
