@@ -3,6 +3,7 @@
     python benchmarks/generate.py speed FOLDER                 # of minalm and transformers, batch 1 and 8
     python benchmarks/generate.py context FOLDER               # milliseconds a token at contexts of 100 to 4,000
     python benchmarks/generate.py speculation FOLDER [DRAFT]   # with drafts and without
+    python benchmarks/generate.py beside FOLDER OTHER          # two models, a Bolmo among them, batch 1 and 8
 
 Greedy, float32. XLA has all CPUs, transformers as many threads as it is fastest with; what is compiled, or otherwise done once, is not counted. Prompts
 are the beginnings of this repository's documents. On a machine that does other work too, the ratios mean more than
@@ -13,6 +14,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minalm.generation.engine import Generator
+from minalm.generation.kinds import generator_of
 from minalm.generation.sampling import SamplingConfig
 from minalm.generation.speculation import LookupDraft, ModelDraft, Pace, speculate
 from minalm.huggingface.loaded import LoadedModel, model_folder
@@ -73,10 +76,22 @@ def of_transformers(folder: Path, loaded: LoadedModel):
     return generate
 
 
+def in_turn(ways: dict[str, Callable[[], list[list[int]]]], turns: int) -> tuple[dict[str, float], dict[str, list]]:
+    """(the median of the seconds that each way takes, what each writes)."""
+    texts = {name: way() for name, way in ways.items()}
+    seconds = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(of_way) for name, of_way in seconds.items()}, texts
+
+
 def speed(folder: Path, new: int, turns: int) -> None:
     """A table of both, at batch 1 and 8."""
     loaded = LoadedModel.read(folder)
-    generator, theirs = Generator.of([loaded], make_mesh(1, 1), FLOAT32), of_transformers(folder, loaded)
+    generator, theirs = generator_of([loaded], make_mesh(1, 1), FLOAT32), of_transformers(folder, loaded)
     print("| batch | minalm, bytes a second | transformers | ratio | same text |\n|---|---|---|---|---|")
     for batch in (1, 8):
         rows = prompts(loaded, batch, 60)
@@ -84,20 +99,29 @@ def speed(folder: Path, new: int, turns: int) -> None:
             "ours": lambda rows=rows: generator.generate(rows, GREEDY, new, ()),
             "theirs": lambda rows=rows: theirs(rows, new),
         }
-        texts = {name: way() for name, way in ways.items()}
-        seconds = {name: [] for name in ways}
-        for _ in range(turns):
-            for name, way in ways.items():
-                began = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - began)
-        rate = {name: written(loaded, texts[name]) / statistics.median(seconds[name]) for name in ways}
+        seconds, texts = in_turn(ways, turns)
+        rate = {name: written(loaded, texts[name]) / seconds[name] for name in ways}
         same = sum(a == b for a, b in zip(texts["ours"], texts["theirs"]))
         print(
             f"| {batch} | {rate['ours']:,.0f} | {rate['theirs']:,.0f} | {rate['ours'] / rate['theirs']:.1f} "
             f"| {same} of {batch} |",
             flush=True,
         )
+
+
+def beside(folder: Path, other: Path, new: int, turns: int) -> None:
+    """A table of two models, at batch 1 and 8."""
+    models = {str(name): LoadedModel.read(name) for name in (folder, other)}
+    generators = {name: generator_of([loaded], make_mesh(1, 1), FLOAT32) for name, loaded in models.items()}
+    print("| model | batch | bytes a second |\n|---|---|---|")
+    for batch in (1, 8):
+        ways = {
+            name: lambda name=name, rows=prompts(loaded, batch, 60): generators[name].generate(rows, GREEDY, new, ())
+            for name, loaded in models.items()
+        }
+        seconds, texts = in_turn(ways, turns)
+        for name, loaded in models.items():
+            print(f"| {name} | {batch} | {written(loaded, texts[name]) / seconds[name]:,.0f} |", flush=True)
 
 
 def context(folder: Path, new: int, turns: int) -> None:
@@ -154,9 +178,9 @@ def speculation(folder: Path, draft: Path | None, new: int, turns: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "context", "speculation"))
+    parser.add_argument("what", choices=("speed", "context", "speculation", "beside"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("draft", type=Path, nargs="?")
+    parser.add_argument("draft", type=Path, nargs="?", help="or the other model")
     parser.add_argument("--new", type=int, default=192, help="tokens to write")
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
@@ -164,6 +188,8 @@ def main() -> None:
     print(f"{len(os.sched_getaffinity(0))} CPUs, load {os.getloadavg()[0]:.1f}, JAX {jax.__version__}, {folder.name}")
     if options.what == "speculation":
         speculation(folder, options.draft, options.new, options.turns)
+    elif options.what == "beside":
+        beside(options.folder, options.draft, options.new, options.turns)
     else:
         {"speed": speed, "context": context}[options.what](folder, options.new, options.turns)
 
