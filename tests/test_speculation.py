@@ -213,6 +213,14 @@ def test_drafts_that_do_not_pay_are_left():
     for _ in range(40):
         pace.note_draft(8, 3.0, 8, 6)
     assert pace.wait() == 0
+    for _ in range(20):
+        pace.note_nothing(1e-6)  # that costs nothing
+    assert pace.wait() == 0
+    for _ in range(40):
+        pace.note_nothing(2.0)
+    assert 90 <= pace.wait() <= 101
+    pace.note_single(60.0, 60)
+    assert pace.alone == pace.wait() - 60
     assert speculation.Statistics(4, 2, 1, 3).__str__().startswith("drafts 1, 2 of 4 tokens accepted (50%)")
 
 

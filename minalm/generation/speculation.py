@@ -23,6 +23,7 @@ from minalm.tokenization.vocabulary import Vocabulary
 
 LONGEST, SHORTEST = 8, 3  # tokens at the end of a text that are looked up in it
 FORGETTING = 0.8  # of what was measured, how much counts after one more
+SLOWER = 0.9  # the same of what drafts lose, which varies more
 WITHOUT = 4  # tokens that are made one by one where nothing is proposed
 LOSS = 0.02  # of the time, at most, that goes into trials where drafts do not pay
 
@@ -142,33 +143,43 @@ class Pace:
     drafted: dict[int, float] = field(default_factory=dict)  # of drafts of a length: seconds, with their verification
     right: float = 2.0  # drafted tokens that were right, of late
     tried: float = 3.0  # those, and the first wrong one of each draft
+    lost: float = 0.0  # seconds by which a draft, or the search for one, took longer than its tokens alone
     first: set[int] = field(default_factory=set)  # lengths (0: none) timed once: that time was compilation
+    alone: int = 2  # tokens to make one by one before the next draft, in this text or the next
 
-    def note_single(self, seconds: float, tokens: int) -> None:
-        """Takes in a call that made tokens one by one."""
-        if self._is_compiled(0):
+    def note_single(self, seconds: float | None, tokens: int) -> None:
+        """Takes in a call that made tokens one by one; None: it also did something else."""
+        self.alone = max(self.alone - tokens, 0)
+        if seconds is not None and self._is_compiled(0):
             self.single = _mean(self.single, seconds / max(tokens, 1))
 
     def note_draft(self, length: int, seconds: float, proposed: int, accepted: int) -> None:
         """Takes in a draft for which `length` tokens were asked, from its making to its verification."""
         if self._is_compiled(length):
             self.drafted[length] = _mean(self.drafted.get(length), seconds)
+            self._note_loss(min(seconds, 3 * self.drafted[length]), accepted + 1)
         self.right = FORGETTING * self.right + accepted
         self.tried = FORGETTING * self.tried + min(accepted + 1, proposed)
+
+    def note_nothing(self, seconds: float) -> None:
+        """Takes in that nothing was proposed."""
+        self._note_loss(seconds, 0)
+
+    def _note_loss(self, seconds, tokens):
+        if self.single is not None:
+            self.lost = SLOWER * self.lost + (1 - SLOWER) * (seconds - tokens * self.single)
+            self.alone = self.wait()
+
+    def wait(self) -> int:
+        """How many tokens to make one by one before the next draft: 0 where drafts have been faster, and else so many
+        that the next trial costs LOSS of their time."""
+        return 0 if self.single is None else math.ceil(max(self.lost, 0.0) / (LOSS * self.single))
 
     def length(self) -> int:
         """The length of draft that is expected to make most tokens a second."""
         if self.single is None or not self.drafted:
             return DRAFTS[len(DRAFTS) // 2]
         return max(DRAFTS, key=lambda length: self._tokens(length) / self._seconds(length))
-
-    def wait(self) -> int:
-        """How many tokens to make one by one before the next draft: 0 where drafts are expected to be faster, or have
-        not been timed, and else so many that the next trial costs LOSS of their time."""
-        if self.single is None or not self.drafted:
-            return 0
-        lost = self._seconds(self.length()) - self._tokens(self.length()) * self.single
-        return math.ceil(max(lost, 0.0) / (LOSS * self.single))
 
     def _tokens(self, length):
         """How many tokens a draft is expected to make, the one behind those that are right among them."""
@@ -219,17 +230,18 @@ def speculate(
     written = Continuation(token_bytes, stop_bytes(stop_strings), max_tokens, max_bytes)
     arrays, key, stops = Sampling.of(sampling), np.uint32(seed), filled_up(sorted(stop_ids))
     statistics, pace, done = Statistics(), Pace() if pace is None else pace, np.zeros(1, bool)
-    alone = max(pace.wait(), 2)  # tokens to make one by one before the next draft
     session = None
     while not written.ended:
         if session is None or session.room() <= DRAFTS[-1]:
             text = np.append(prompt, np.array(written.ids, np.int32)).astype(np.int32)
             session = generator.session([[text]], max_tokens)
-            alone = max(alone, 1)  # the text is read with the first
+            pace.alone = max(pace.alone, 1)  # the text is read with the first
         proposed, began = [], time.perf_counter()
-        if not alone and session.room() > DRAFTS[-1]:
+        if not pace.alone and session.room() > DRAFTS[-1]:
             length, left = pace.length(), max_tokens - len(written.ids)
             proposed = draft.propose([*prompt.tolist(), *written.ids], min(length, left))
+            if not proposed:
+                pace.note_nothing(time.perf_counter() - began)
         if proposed:
             new = session.verify(proposed, arrays, key)
             pace.note_draft(length, time.perf_counter() - began, len(proposed), len(new) - 1)
@@ -238,14 +250,11 @@ def speculate(
             statistics.accepted += len(new) - 1
         else:
             began, reads = time.perf_counter(), session.pieces > 0
-            steps = min(alone or WITHOUT, max_tokens - len(written.ids))
+            steps = min(pace.alone or WITHOUT, max_tokens - len(written.ids))
             [new] = session.advance(steps, done, arrays, key, stops).tolist()
-            if not reads:  # a call that reads the prompt too does not say what a token takes
-                pace.note_single(time.perf_counter() - began, len(new))
+            # A call that reads the prompt too does not say what a token takes.
+            pace.note_single(None if reads else time.perf_counter() - began, len(new))
             statistics.single += len(new)
-            alone = max(alone - len(new), 0)
-        if proposed:
-            alone = pace.wait()
         taken = written.add(new, stop_ids)
         if taken and on_tokens is not None:
             on_tokens(0, taken)
