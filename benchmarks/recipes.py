@@ -64,7 +64,7 @@ PRESETS = {  # name of a table -> for each row the preset, and what is changed; 
         "byte student, as many bytes": ("quickstart", ["--steps", "700"]),
         "byte student, as many seconds": ("quickstart", ["--steps", "1000"]),
         "Bolmo, stage 2 alone": ("quickstart-bolmo", []),
-        "Bolmo, two stages": (*("quickstart-bolmo-stage1", []), *("quickstart-bolmo-stage2", [])),
+        "Bolmo, two stages": ("quickstart-bolmo-stage1", [], "quickstart-bolmo-stage2", []),
     },
 }
 
