@@ -3,6 +3,7 @@
     python benchmarks/generate.py speed FOLDER                 # of minalm and transformers, batch 1 and 8
     python benchmarks/generate.py context FOLDER               # milliseconds a token at contexts of 100 to 4,000
     python benchmarks/generate.py speculation FOLDER [DRAFT]   # with drafts and without
+    python benchmarks/generate.py early FOLDER                 # how often the first blocks alone would draft right
     python benchmarks/generate.py beside FOLDER OTHER          # two models, a Bolmo among them, batch 1 and 8
 
 Greedy, float32. XLA has all CPUs, transformers as many threads as it is fastest with; what is compiled, or otherwise done once, is not counted. Prompts
@@ -11,6 +12,7 @@ the numbers: what is compared takes turns, and the medians of the turns are show
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import time
@@ -21,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minalm.generation.engine import Generator
+from minalm.evaluation.scoring import Request, Scorer
+from minalm.generation.engine import DRAFTS, Generator
 from minalm.generation.kinds import generator_of
 from minalm.generation.sampling import SamplingConfig
 from minalm.generation.speculation import LookupDraft, ModelDraft, Pace, speculate
@@ -176,9 +179,37 @@ def speculation(folder: Path, draft: Path | None, new: int, turns: int) -> None:
         print(f"| {name} | {statistics.median(rate):,.0f} | {ratio:.2f} | {share} | {same} |", flush=True)
 
 
+def first_blocks(loaded: LoadedModel, count: int) -> LoadedModel:
+    """The model without all blocks but the first `count`."""
+    model = loaded.model
+    config = dataclasses.replace(model.config, layers=count, windows=model.config.windows[:count])
+    blocks, last = (
+        jax.tree.map(lambda leaf, part=part: leaf[part], model.blocks) for part in (slice(count - 1), count - 1)
+    )
+    return dataclasses.replace(loaded, model=dataclasses.replace(model, blocks=blocks, last=last, config=config))
+
+
+def early(folder: Path, new: int) -> None:
+    """How many of the bytes that the model writes its first blocks alone, with its norm and head, would choose too. The
+    last column is what drafts by them could be worth if checking them took no longer than making one byte."""
+    loaded, mesh = LoadedModel.read(folder), make_mesh(1, 1)
+    rows = prompts(loaded, 4, 400)
+    texts = Generator.of([loaded], mesh, FLOAT32).generate(rows, GREEDY, new, ())
+    requests = [Request((row,), np.array(text, np.int32)) for row, text in zip(rows, texts, strict=True)]
+    depth = loaded.model.config.layers
+    print("| first blocks | the same byte | speed without drafts = 1, at most |\n|---|---|---|")
+    for count in range(2, depth, max(depth // 6, 1)):
+        scores = Scorer([first_blocks(loaded, count)], mesh, FLOAT32)(requests)
+        rate = float(np.concatenate([score.greedy for score in scores]).mean())
+        best = max(
+            sum(rate**n for n in range(size + 1)) / (1 + size * count / depth) for size in range(1, DRAFTS[-1] + 1)
+        )
+        print(f"| {count} of {depth} | {rate:.1%} | {best:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "context", "speculation", "beside"))
+    parser.add_argument("what", choices=("speed", "context", "speculation", "early", "beside"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("draft", type=Path, nargs="?", help="or the other model")
     parser.add_argument("--new", type=int, default=192, help="tokens to write")
@@ -188,6 +219,8 @@ def main() -> None:
     print(f"{len(os.sched_getaffinity(0))} CPUs, load {os.getloadavg()[0]:.1f}, JAX {jax.__version__}, {folder.name}")
     if options.what == "speculation":
         speculation(folder, options.draft, options.new, options.turns)
+    elif options.what == "early":
+        early(options.folder, options.new)
     elif options.what == "beside":
         beside(options.folder, options.draft, options.new, options.turns)
     else:
