@@ -35,17 +35,18 @@ class Cache(eqx.Module):
 
 
 class DecoderBlock(eqx.Module):
-    """One block. Each device of `tp` holds side by side what it needs of q, k and v, and of gate and up."""
+    """One block. Each device of `tp` holds side by side what it needs of q, k and v, and of gate and up. Matrices are
+    [out, in], which XLA on CPU reads fastest for a few rows, if they are large (docs/performance.md)."""
 
-    qkv: Float[Array, "embed qkv"] = param(None, "tp")
+    qkv: Float[Array, "qkv embed"] = param("tp", None)
     qkv_bias: Float[Array, " qkv"] | None = param("tp")
-    o: Float[Array, "heads_x_head_dim embed"] = param("tp", None)
+    o: Float[Array, "embed heads_x_head_dim"] = param(None, "tp")
     o_bias: Float[Array, " embed"] | None = param(None)
     q_norm: Float[Array, " q_norm"] | None = param(None)
     k_norm: Float[Array, " k_norm"] | None = param(None)
-    gate_up: Float[Array, "embed gate_up"] = param(None, "tp")
+    gate_up: Float[Array, "gate_up embed"] = param("tp", None)
     gate_up_bias: Float[Array, " gate_up"] | None = param("tp")
-    down: Float[Array, "mlp embed"] = param("tp", None)
+    down: Float[Array, "embed mlp"] = param(None, "tp")
     down_bias: Float[Array, " embed"] | None = param(None)
     attention_norm: Float[Array, " embed"] | None = param(None)
     mlp_norm: Float[Array, " embed"] | None = param(None)
@@ -119,19 +120,19 @@ def decoder_block(block: Block, config: ModelConfig) -> DecoderBlock:
 
     heads, kv_heads = config.heads, config.kv_heads
     return DecoderBlock(
-        qkv=joined(own(attention.q, heads), own(attention.k, kv_heads), own(attention.v, kv_heads), axis=1),
+        qkv=joined(own(attention.q, heads), own(attention.k, kv_heads), own(attention.v, kv_heads), axis=1).T,
         qkv_bias=joined(
             own_channels(attention.q_bias, heads),
             own_channels(attention.k_bias, kv_heads),
             own_channels(attention.v_bias, kv_heads),
         ),
-        o=attention.o.reshape(-1, config.embed),
+        o=attention.o.reshape(-1, config.embed).T,
         o_bias=attention.o_bias,
         q_norm=attention.q_norm,
         k_norm=attention.k_norm,
-        gate_up=joined(mlp.gate, mlp.up, axis=1),
+        gate_up=joined(mlp.gate, mlp.up, axis=1).T,
         gate_up_bias=joined(mlp.gate_bias, mlp.up_bias),
-        down=mlp.down,
+        down=mlp.down.T,
         down_bias=mlp.down_bias,
         attention_norm=block.attention_norm,
         mlp_norm=block.mlp_norm,
@@ -260,7 +261,7 @@ def read_block(
     def by_head(value):  # [batch, time, head, head_dim] -> [batch, head, time, head_dim]
         return value.swapaxes(1, 2)
 
-    qkv = biased(layers.project(norm(x, block.attention_norm), block.qkv), block.qkv_bias)
+    qkv = biased(product(norm(x, block.attention_norm), block.qkv), block.qkv_bias)
     kv_heads = cache.k.shape[1]
     qkv = qkv.reshape(batch, time, -1, config.head_dim)
     q, k, v = jnp.split(qkv, (qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads), axis=2)
@@ -274,14 +275,21 @@ def read_block(
     new = jax.tree.map(lambda array: jnp.where(read == read, array, jnp.nan), new)
     cache = Cache(_written(cache.k, new.k, slots, wraps, 3), _written(cache.v, new.v, slots, wraps, 2))
     x = x + added(
-        layers.project(by_head(mixed).reshape(batch, time, -1), block.o), block.o_bias, block.attention_post_norm
+        product(by_head(mixed).reshape(batch, time, -1), block.o), block.o_bias, block.attention_post_norm
     )
 
-    both = biased(layers.project(norm(x, block.mlp_norm), block.gate_up), block.gate_up_bias)
+    both = biased(product(norm(x, block.mlp_norm), block.gate_up), block.gate_up_bias)
     gate, up = jnp.split(both, 2, axis=-1)
     activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
-    x = x + added(layers.project(activation(gate) * up, block.down), block.down_bias, block.mlp_post_norm)
+    x = x + added(product(activation(gate) * up, block.down), block.down_bias, block.mlp_post_norm)
     return x, cache
+
+
+def product(x: Float[Array, "batch time embed"], matrix: Float[Array, "out embed"]) -> Float[Array, "batch time out"]:
+    """x times a matrix that is stored as [out, in]. (A transposed one would be written anew before the loop.)"""
+    rows = x.reshape(-1, x.shape[-1])
+    found = jax.lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return found.astype(x.dtype).reshape(*x.shape[:2], -1)
 
 
 def _written(cache, new, slots, wraps, axis):
