@@ -139,13 +139,14 @@ def test_the_text_of_a_draft_is_cut_at_a_token():
     [encoding] = student.encode([piece])
     ids, special = encoding.ids.tolist(), {i: word for word, i in student.special.items()}
     for end in range(1, len(ids) + 1):
-        cut, left = draft._text(ids[:end])
-        spelled = b"".join(original.token_bytes[i] for i in cut) + left
-        assert spelled == bytes(i for i in ids[:end] if i < 256)
-        assert [i for i in cut if not original.token_bytes[i]] == [
-            original.special[special[i]] for i in ids[:end] if i > 255
-        ]
-        assert ids[end - 1] > 255 or left  # the last token may still change
+        cuts = draft._cuts(ids[:end])
+        for cut, left in cuts:
+            spelled = b"".join(original.token_bytes[i] for i in cut) + left
+            assert spelled == bytes(i for i in ids[:end] if i < 256)
+            assert [i for i in cut if not original.token_bytes[i]] == [
+                original.special[special[i]] for i in ids[:end] if i > 255
+            ]
+        assert ids[end - 1] > 255 or cuts[0][1]  # the last token may still change
 
 
 def test_a_model_drafts_words(always):
@@ -179,6 +180,22 @@ def test_a_draft_proposes_the_bytes_of_what_it_would_write(monkeypatch):
         assert found == ids[end : end + len(found)]
         proposed += len(found)
     assert proposed > 2 * len(ids)
+
+
+def test_a_text_that_the_draft_would_not_have_written_goes_on_behind_its_last_token(monkeypatch):
+    """Mid-word, where the draft's own next token spells another word than the one that stands there."""
+    draft, original = subword_draft()
+    [encoding] = original.encode([(Segment("and then"),)])
+    other, after = map(original.token_bytes.index, (b" the", b"n"))
+    seen = []
+
+    def known(rows, sampling, words, stops, max_bytes):
+        seen.append(len(rows[0]))
+        return [[other] if len(seen) == 1 else [after]]
+
+    monkeypatch.setattr(draft.generator, "generate", known)
+    assert draft.propose([*b"and then"], 4) == [*b"n"]
+    assert seen == [len(encoding.ids) - 1, len(encoding.ids)]
 
 
 def test_drafts_that_cannot_be_are_refused(made):

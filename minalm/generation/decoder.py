@@ -274,9 +274,7 @@ def read_block(
     read = mixed[0, 0, 0, 0]
     new = jax.tree.map(lambda array: jnp.where(read == read, array, jnp.nan), new)
     cache = Cache(_written(cache.k, new.k, slots, wraps, 3), _written(cache.v, new.v, slots, wraps, 2))
-    x = x + added(
-        product(by_head(mixed).reshape(batch, time, -1), block.o), block.o_bias, block.attention_post_norm
-    )
+    x = x + added(product(by_head(mixed).reshape(batch, time, -1), block.o), block.o_bias, block.attention_post_norm)
 
     both = biased(product(norm(x, block.mlp_norm), block.gate_up), block.gate_up_bias)
     gate, up = jnp.split(both, 2, axis=-1)

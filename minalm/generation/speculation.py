@@ -93,19 +93,21 @@ class ModelDraft:
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
         """The draft's tokenization of the text, less its last token (which the next bytes may still change), goes on
-        with its most probable tokens; if they spell what was taken off, what follows in them is proposed."""
-        cut, rest = self._text(ids)
-        if not len(cut):
-            return []
+        with its most probable tokens; what follows in them behind what was taken off is proposed. If they spell
+        something else, the whole tokenization goes on."""
         words = 1 + -(-count // 4)
-        [new] = self.generator.generate(
-            [cut], SamplingConfig(), words, self.vocabulary.stop_ids, max_bytes=len(rest) + count
-        )
-        spelled = b"".join(self.vocabulary.token_bytes[i] for i in new)
-        return [*spelled[len(rest) : len(rest) + count]] if spelled.startswith(rest) else []
+        for tokens, rest in self._cuts(ids):
+            [new] = self.generator.generate(
+                [tokens], SamplingConfig(), words, self.vocabulary.stop_ids, max_bytes=len(rest) + count
+            )
+            spelled = b"".join(self.vocabulary.token_bytes[i] for i in new)
+            if spelled.startswith(rest) and len(spelled) > len(rest):
+                return [*spelled[len(rest) : len(rest) + count]]
+        return []
 
-    def _text(self, ids: Sequence[int]) -> tuple[Int[np.ndarray, " time"], bytes]:
-        """The draft's ids of a text up to a token's border, and the bytes behind it."""
+    def _cuts(self, ids: Sequence[int]) -> list[tuple[Int[np.ndarray, " time"], bytes]]:
+        """The draft's ids of a text up to a token's border, and the bytes behind it: without the text's last token, and
+        with it."""
         words = {i: word for word, i in self.student.special.items()}
         pieces, run = [], bytearray()
         for i in (*ids, None):
@@ -118,11 +120,11 @@ class ModelDraft:
             left = bytes(run)[len(text.encode()) :] if i is None else b""
             run = bytearray()
         [encoding] = self.vocabulary.encode([tuple(pieces)])
-        cut = encoding.ids
-        if len(ids) and ids[-1] < 256 and len(cut) > 1:
-            left = self.vocabulary.token_bytes[cut[-1]] + left
-            cut = cut[:-1]
-        return cut, left
+        whole = encoding.ids
+        cuts = [(whole, left)]
+        if len(ids) and ids[-1] < 256 and len(whole) > 1:
+            cuts.insert(0, (whole[:-1], self.vocabulary.token_bytes[whole[-1]] + left))
+        return [cut for cut in cuts if len(cut[0])]
 
 
 def _whole(text: bytes) -> str:
