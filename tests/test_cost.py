@@ -654,5 +654,7 @@ def test_compilation_for_tpus(tmp_path):
         r"error: the run does not fit v5e:2x2 as 4x1 \(RESOURCE_EXHAUSTED: .*15\.75G\)+: use more chips",
         full.stderr.splitlines()[-1],
     )
+    parts = ["--batch-size", "16", "--accumulation", "2", "--compute-dtype", "bfloat16"]
+    assert run(tmp_path, "quickstart-bolmo", "--compile-only", "v4:2x2x2", *parts).returncode == 0
     refusing = run(tmp_path, "quickstart", "--compile-only", "v4:3x3x3")
     assert refusing.returncode == 1 and "compiler refuses it" in refusing.stderr.splitlines()[-1]

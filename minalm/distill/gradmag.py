@@ -117,7 +117,9 @@ def accumulated_grad(
     """`balanced_gradients` of a batch whose parts are the leading axis of `parts`, in the memory of one part."""
 
     def added(total, part):
-        return jax.tree.map(jnp.add, total, part)
+        # Without the barrier the TPU compiler (libtpu 0.0.42.1) fails on a Bolmo in bfloat16: it tries to take the sums
+        # over the devices out of the loop and does not expect the cast behind them.
+        return jax.tree.map(lambda total, leaf: total + jax.lax.optimization_barrier(leaf), total, part)
 
     if config.balance == "fixed":
         weights = jnp.array(config.weights, jnp.float32)

@@ -388,5 +388,5 @@ def does_not_fit(topology: Topology, mesh: Mesh, reason: str) -> InputError:
     """The sentence about a run that is too large for its chips."""
     return InputError(
         f"the run does not fit {topology.name} as {mesh.shape['fsdp']}x{mesh.shape['tp']} ({reason}): "
-        "use more chips, a smaller --batch-size, or --remat full"
+        "use more chips, a smaller --batch-size, --accumulation (the batch in microbatches), or --remat full"
     )
